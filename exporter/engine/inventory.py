@@ -1,0 +1,110 @@
+"""From the layer table of a plan to the figures of ``engine.json``.
+
+**One layer table holds for every target of a plan.** The builder optimizes the network once, for
+what all targets of the plan can do, and then generates code for each: a plan for sm75 and sm86
+together has the table of sm75, and the kernels that sm86 alone would get are not in it.
+
+Pure functions of the values that `build_log` reads.
+"""
+
+from __future__ import annotations
+
+from exporter.engine.build_log import Layer, OnnxNode
+from exporter.engine.summary import ConvolutionCounts, TargetFigures
+
+_CONVOLUTION_KERNELS = frozenset({"correlation", "runtime_fusion"})
+"""Layer types that run a convolution; grouped ones are a ``runtime_fusion``."""
+
+_NOT_KERNELS = frozenset({"signal", "wait", "shape_call"})
+"""Layer types that synchronize streams or compute shapes on the host."""
+
+
+def convolution_layers(layers: tuple[Layer, ...], nodes: tuple[OnnxNode, ...]) -> tuple[Layer, ...]:
+    """The kernels that run the network's convolutions.
+
+    A layer is one if its type runs convolutions and an ONNX Conv is among its origins: the
+    classifier may be a ``runtime_fusion`` too, and a cast before a convolution carries its name.
+    """
+    names = {node.name for node in nodes if node.op == "Conv"}
+    return tuple(
+        layer for layer in layers if layer.type in _CONVOLUTION_KERNELS and layer.onnx_names & names
+    )
+
+
+def _datatype(layer: Layer) -> str:
+    """The type a convolution multiplies in, ``mixed`` if activation and weights differ.
+
+    The activation is the first input. The weights are the largest other operand: an input where
+    they are computed at run time, else a constant, in an order that depends on the layer type.
+    """
+    rest = (*layer.inputs[1:], *layer.constants)
+    if not layer.inputs or not rest:
+        return "mixed"
+    activation = layer.inputs[0].datatype
+    weights = max(rest, key=lambda tensor: tensor.elements).datatype
+    return activation if activation == weights else "mixed"
+
+
+def _is_fused(convolution: Layer, layers: tuple[Layer, ...], nodes: tuple[OnnxNode, ...]) -> bool:
+    """Whether the kernel does its whole epilogue: bias, ReLU and, if asked for, requantizing.
+
+    1. A ReLU that reads the ONNX convolution's output is among the kernel's origins, and
+    2. no kernel that reads the result stems from that convolution, its ReLU or a QuantizeLinear.
+    """
+    convs = [n for n in nodes if n.op == "Conv" and n.name in convolution.onnx_names]
+    results = {tensor for node in convs for tensor in node.outputs}
+    relus = {n.name for n in nodes if n.op == "Relu" and results & set(n.inputs)}
+    if not relus & convolution.onnx_names:
+        return False
+    leftover = relus | {n.name for n in convs} | {n.name for n in nodes if n.op == "QuantizeLinear"}
+    outputs = {tensor.name for tensor in convolution.outputs}
+    readers = (
+        layer
+        for layer in layers
+        if layer.type not in _CONVOLUTION_KERNELS and outputs & {t.name for t in layer.inputs}
+    )
+    return not any(leftover & reader.onnx_names for reader in readers)
+
+
+def figures(layers: tuple[Layer, ...], nodes: tuple[OnnxNode, ...]) -> TargetFigures:
+    """Count the layer table of one plan.
+
+    A convolution counts as INT8 (half) only if activation and weights are both Int8 (Half) where
+    its kernel reads them: fake quantization around a float kernel counts as float.
+    """
+    convolutions = convolution_layers(layers, nodes)
+    types = [_datatype(layer) for layer in convolutions]
+    int8, half = types.count("Int8"), types.count("Half")
+    return TargetFigures(
+        convolutions=ConvolutionCounts(
+            total=len(types), int8=int8, half=half, float=len(types) - int8 - half
+        ),
+        epilogue_fused=sum(_is_fused(layer, layers, nodes) for layer in convolutions),
+        other_kernels=sum(layer.type not in _NOT_KERNELS for layer in layers) - len(convolutions),
+    )
+
+
+def findings(layers: tuple[Layer, ...], nodes: tuple[OnnxNode, ...]) -> tuple[str, ...]:
+    """Sentences for people about what the table shows beyond its counts."""
+    if not layers:
+        return ("the build log holds no layer table: what the engine contains is unknown",)
+    found = []
+    counted = figures(layers, nodes)
+    counts = counted.convolutions
+    onnx_convolutions = sum(node.op == "Conv" for node in nodes)
+    if counts.total != onnx_convolutions:
+        found.append(
+            f"the network has {onnx_convolutions} convolutions, the engine {counts.total} "
+            "convolution kernels"
+        )
+    types = {_datatype(layer) for layer in convolution_layers(layers, nodes)}
+    odd = sorted(types - {"Int8", "Half", "Float"})
+    if odd:
+        found.append(f"convolutions in {', '.join(odd)} are counted as float")
+    separate = counts.total - counted.epilogue_fused
+    if counts.int8 and separate:
+        found.append(
+            f"{separate} of {counts.total} convolutions leave bias, ReLU or requantization to a "
+            "separate kernel: measure on the device whether INT8 is faster than fp16"
+        )
+    return tuple(found)

@@ -1,0 +1,104 @@
+"""What the process that builds and the process that waits say to each other.
+
+The parent makes a private folder and writes `REQUEST` there. The child prints progress as one JSON
+object a line, ``{"phase": str, "fraction": float}``, and leaves `LOG`, `PLAN` and, last, `RESULT`
+in the folder. A child that leaves no `RESULT` did not finish, whatever its exit code.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from exporter.engine.backend import BuildRequest
+from exporter.spec import BatchProfile, Precision
+
+REQUEST = "request.json"
+RESULT = "result.json"
+PLAN = "plan"
+LOG = "build.log"
+
+
+class Status(str, Enum):
+    """How a build ended."""
+
+    BUILT = "built"
+    REFUSED = "refused"
+    BAD_INPUT = "bad_input"
+    LACKING = "lacking"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """The child's last word; ``errors`` is empty exactly if the plan was built."""
+
+    status: Status
+    version: str = ""
+    errors: tuple[str, ...] = ()
+
+    def write(self, folder: Path) -> None:
+        """Leave the result in ``folder``."""
+        content = {
+            "status": self.status.value,
+            "version": self.version,
+            "errors": list(self.errors),
+        }
+        (folder / RESULT).write_text(json.dumps(content), encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Result | None:
+        """The result in ``folder``; None if there is none or it makes no sense."""
+        try:
+            content = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+            return cls(
+                status=Status(content["status"]),
+                version=str(content["version"]),
+                errors=tuple(str(error) for error in content["errors"]),
+            )
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+
+def request_to_json(request: BuildRequest) -> dict[str, object]:
+    """The request with an absolute path, so that it holds in any working directory."""
+    batch = request.batch
+    return {
+        "onnx_path": str(request.onnx_path.absolute()),
+        "precision": request.precision.value,
+        "targets": list(request.targets),
+        "batch": [batch.min, batch.opt, batch.max],
+        "workspace_mib": request.workspace_mib,
+    }
+
+
+def request_from_json(text: str) -> BuildRequest:
+    """The inverse of `request_to_json` on its JSON text.
+
+    Raises:
+        ValueError, KeyError, TypeError: if the text is no request.
+    """
+    content = json.loads(text)
+    return BuildRequest(
+        onnx_path=Path(content["onnx_path"]),
+        precision=Precision(content["precision"]),
+        targets=tuple(content["targets"]),
+        batch=BatchProfile(*content["batch"]),
+        workspace_mib=content["workspace_mib"],
+    )
+
+
+def progress_from_line(line: str) -> tuple[str, float] | None:
+    """Phase and fraction of one line of the child's output; None for anything else."""
+    try:
+        content = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(content, Mapping):
+        return None
+    phase, fraction = content.get("phase"), content.get("fraction")
+    if not isinstance(phase, str) or not isinstance(fraction, (int, float)):
+        return None
+    return phase, min(1.0, max(0.0, float(fraction)))

@@ -1,0 +1,153 @@
+"""What an engine really contains, and the gate that judges it.
+
+A plan that builds is not yet the plan that was asked for: a builder may run quantized convolutions
+in float and say nothing. The figures here come from the builder's own layer table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from exporter.errors import GateFailedError
+from exporter.spec import Precision
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvolutionCounts:
+    """Convolution kernels by the data type they multiply in.
+
+    ``float`` holds everything that is neither INT8 nor half, so the three add up to ``total``.
+    """
+
+    total: int
+    int8: int
+    half: int
+    float: int
+
+    def to_json(self) -> dict[str, int]:
+        """The four figures under the names of ``engine.json``."""
+        return {"total": self.total, "int8": self.int8, "half": self.half, "float": self.float}
+
+    def in_precision(self, precision: Precision) -> int:
+        """How many run in the data type that ``precision`` asks for."""
+        if precision is Precision.INT8:
+            return self.int8
+        return self.half if precision is Precision.FP16 else self.float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetFigures:
+    """What the engine does on one compute capability.
+
+    ``epilogue_fused`` counts the convolutions whose own kernel also adds the bias, applies the ReLU
+    and, where the next convolution is quantized, requantizes. ``other_kernels`` counts all kernels
+    that are not convolutions.
+    """
+
+    convolutions: ConvolutionCounts
+    epilogue_fused: int
+    other_kernels: int
+
+    def to_json(self) -> dict[str, object]:
+        """The figures under the names of ``engine.json``."""
+        return {
+            "convolutions": self.convolutions.to_json(),
+            "epilogue_fused": self.epilogue_fused,
+            "other_kernels": self.other_kernels,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSummary:
+    """The verdict on one plan; ``to_json`` is ``engine.json``.
+
+    ``per_target`` maps ``sm86`` and so on to its figures and is never empty. Memory figures are
+    those that the builder states, in bytes, None where it states none.
+    """
+
+    backend: str
+    version: str
+    per_target: Mapping[str, TargetFigures]
+    plan_bytes: int
+    activation_memory_bytes: int | None = None
+    weights_memory_bytes: int | None = None
+    warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The compute capabilities the plan was built for."""
+        return tuple(self.per_target)
+
+    @property
+    def worst_target(self) -> str:
+        """The target with the fewest INT8, then half convolutions, then fused epilogues."""
+
+        def rank(target: str) -> tuple[int, int, int, int]:
+            figures = self.per_target[target]
+            counts = figures.convolutions
+            return counts.int8, counts.half, figures.epilogue_fused, -figures.other_kernels
+
+        return min(self.per_target, key=rank)
+
+    @property
+    def convolutions(self) -> ConvolutionCounts:
+        """Convolution counts of the worst target."""
+        return self.per_target[self.worst_target].convolutions
+
+    @property
+    def epilogue_fused(self) -> int:
+        """Fused epilogues of the worst target."""
+        return self.per_target[self.worst_target].epilogue_fused
+
+    @property
+    def other_kernels(self) -> int:
+        """Kernels that are not convolutions, of the worst target."""
+        return self.per_target[self.worst_target].other_kernels
+
+    def to_json(self) -> dict[str, object]:
+        """The content of ``engine.json``: strings, numbers, lists and dicts only."""
+        return {
+            "backend": self.backend,
+            "version": self.version,
+            "targets": list(self.targets),
+            **self.per_target[self.worst_target].to_json(),
+            "plan_bytes": self.plan_bytes,
+            "activation_memory_bytes": self.activation_memory_bytes,
+            "weights_memory_bytes": self.weights_memory_bytes,
+            "per_target": {name: figures.to_json() for name, figures in self.per_target.items()},
+            "warnings": list(self.warnings),
+        }
+
+
+_LABELS = {Precision.INT8: "INT8", Precision.FP16: "half", Precision.FP32: "float"}
+_ADVICE = {
+    Precision.INT8: "give every activation QuantizeLinear/DequantizeLinear a scale of shape [] "
+    "(shape [1] silently costs INT8) and quantize input and weights of every convolution",
+    Precision.FP16: "make weights, biases and activations of every convolution half",
+    Precision.FP32: "build fp32 from the float graph",
+}
+
+
+def check_engine(summary: EngineSummary, precision: Precision, expected_convolutions: int) -> None:
+    """Return only if all convolutions of the network run in ``precision`` on every target.
+
+    Raises:
+        GateFailedError: naming the first target that fails and its counts, if the number of
+            convolutions is not ``expected_convolutions`` or not all run in the data type asked for.
+    """
+    for target, figures in summary.per_target.items():
+        counts = figures.convolutions
+        if counts.total != expected_convolutions:
+            raise GateFailedError(
+                f"the engine for {target} has {counts.total} convolution kernels where the network "
+                f"has {expected_convolutions} convolutions: its layer table cannot vouch for "
+                f"{precision}; see the build log"
+            )
+        found = counts.in_precision(precision)
+        if found != expected_convolutions:
+            raise GateFailedError(
+                f"on {target} only {found} of {expected_convolutions} convolutions run in "
+                f"{_LABELS[precision]} ({counts.int8} INT8, {counts.half} half, {counts.float} "
+                f"float): {_ADVICE[precision]}"
+            )

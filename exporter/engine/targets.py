@@ -1,0 +1,95 @@
+"""Compute capabilities: what the user may write, and why a target is refused.
+
+Only facts about devices are kept here. Which targets a library can build for is asked of the
+backend, so a new backend brings its own list.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+
+from exporter.engine.backend import Backend
+from exporter.errors import InputError
+from exporter.spec import Precision
+
+_FORM = re.compile(r"(?:(?:sm|compute)[_-]?)?(\d{2,3}|\d{1,2}\.\d)", re.IGNORECASE)
+
+_DEVICE_ONLY = {
+    "sm53": "Jetson Nano and TX1",
+    "sm62": "Jetson TX2",
+    "sm72": "Jetson Xavier",
+    "sm87": "Jetson Orin",
+    "sm90": "Hopper (H100, H200)",
+    "sm100": "Blackwell data-centre cards",
+    "sm103": "Blackwell Ultra data-centre cards",
+    "sm110": "Jetson Thor",
+}
+"""Devices that TensorRT-RTX cannot build for ahead of time; full TensorRT builds on them."""
+
+_REASONS = {
+    ("sm75", Precision.FP32): "FP32 matrix products do not compile for Turing (sm75); use fp16",
+    (
+        "sm75",
+        Precision.INT8,
+    ): "on Turing (sm75) the builder runs quantized convolutions in half and "
+    "dequantizes the weights at run time, so INT8 brings nothing there; use fp16",
+}
+
+
+def parse_targets(text: str | None, backend: Backend, precision: Precision) -> tuple[str, ...]:
+    """Read ``sm86``, ``86``, ``8.6`` or a comma-separated list of them, spaces allowed.
+
+    Returns canonical names (``sm86``), ascending, each once; for None all that ``backend`` supports
+    at ``precision``. The result depends on neither order nor repetition: a plan does not either.
+
+    Raises:
+        InputError: naming the bad entry, the nearest target and the known ones, or the reason why
+            the target cannot be built for at this precision.
+    """
+    supported = backend.supported_targets(precision)
+    if text is None:
+        return supported
+    entries = [entry.strip() for entry in text.split(",")]
+    if not any(entries):
+        raise InputError(f"no target in {text!r}; choose from: {', '.join(supported)}")
+    names = {_canonical(entry, supported) for entry in entries if entry}
+    for name in sorted(names, key=_number):
+        if name not in supported:
+            raise InputError(_refusal(name, backend, precision))
+    return tuple(sorted(names, key=_number))
+
+
+def _number(name: str) -> int:
+    return int(name.removeprefix("sm"))
+
+
+def _canonical(entry: str, supported: tuple[str, ...]) -> str:
+    match = _FORM.fullmatch(entry)
+    if match is None:
+        raise InputError(_unknown(entry, entry.lower(), supported))
+    return f"sm{int(match[1].replace('.', ''))}"
+
+
+def _unknown(entry: str, name: str, supported: tuple[str, ...]) -> str:
+    digits = name.removeprefix("sm")
+    if digits.isdecimal() and len(digits) < 5:
+        wanted = int(digits)
+        nearest = [min(supported, key=lambda target: abs(_number(target) - wanted))]
+    else:
+        nearest = difflib.get_close_matches(name, supported, n=1, cutoff=0.3)
+    hint = f"nearest: {nearest[0]}; " if nearest else ""
+    return f"unknown target {entry!r} ({hint}known: {', '.join(supported)})"
+
+
+def _refusal(name: str, backend: Backend, precision: Precision) -> str:
+    known = backend.supported_targets(precision)
+    if any(name in backend.supported_targets(other) for other in Precision):
+        reason = _REASONS.get((name, precision), f"{backend.name} does not build it")
+        return f"target {name} cannot do {precision}: {reason} (known: {', '.join(known)})"
+    if name in _DEVICE_ONLY:
+        return (
+            f"target {name} ({_DEVICE_ONLY[name]}) needs full TensorRT, run on the device itself; "
+            f"{backend.name} builds for {', '.join(known)}"
+        )
+    return _unknown(name, name, known)

@@ -1,0 +1,112 @@
+"""TensorRT for RTX: builds plans ahead of time, on machines without a GPU or driver.
+
+This module does not import the library; only the worker does.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import re
+from collections.abc import Sequence
+from types import MappingProxyType
+
+from exporter.engine import build_log, inventory
+from exporter.engine.backend import BuildRequest, BuiltEngine, ProgressCallback
+from exporter.engine.summary import EngineSummary
+from exporter.engine.worker_process import (
+    DEFAULT_TIMEOUT_S,
+    DEFAULT_WORKER,
+    WorkerOutput,
+    run_worker,
+)
+from exporter.errors import EnvironmentLackError, InputError
+from exporter.spec import Precision
+
+_MODULE = "tensorrt_rtx"
+_OLDEST = (1, 5)
+"""Older releases have the API and the builder of TensorRT 10."""
+
+_INSTALL = "pip install 'repvgg-exporter[rtx]'"
+_TURING = "sm75"
+_TARGETS = (_TURING, "sm80", "sm86", "sm89", "sm120", "sm121")
+
+
+class TensorRtRtx:
+    """The backend ``tensorrt-rtx``.
+
+    ``worker_command`` and ``timeout_s`` say how the building process is started and how long it may
+    take.
+
+    Raises:
+        EnvironmentLackError: the library is not installed, or older than 1.5.
+    """
+
+    name = "tensorrt-rtx"
+
+    def __init__(
+        self,
+        *,
+        worker_command: Sequence[str] = DEFAULT_WORKER,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> None:
+        self._worker_command = tuple(worker_command)
+        self._timeout_s = timeout_s
+        if importlib.util.find_spec(_MODULE) is None:
+            raise EnvironmentLackError(
+                f"TensorRT-RTX is not installed, so no engine can be built: {_INSTALL}"
+            )
+        numbers = re.findall(r"\d+", self.version())[:2]
+        if numbers and tuple(int(number) for number in numbers) < _OLDEST:
+            raise EnvironmentLackError(
+                f"TensorRT-RTX {self.version()} is too old, 1.5 or later is needed: {_INSTALL}"
+            )
+
+    def version(self) -> str:
+        """Version of the installed distribution, ``unknown`` if it was not installed as one."""
+        try:
+            return importlib.metadata.version(_MODULE)
+        except importlib.metadata.PackageNotFoundError:
+            return "unknown"
+
+    def supported_targets(self, precision: Precision) -> tuple[str, ...]:
+        """Turing (sm75) only for fp16: `parse_targets` tells why."""
+        if precision is Precision.FP16:
+            return _TARGETS
+        return tuple(target for target in _TARGETS if target != _TURING)
+
+    def build(self, request: BuildRequest, progress: ProgressCallback) -> BuiltEngine:
+        """Build one plan that holds code for all targets of the request.
+
+        Raises:
+            InputError: no target, no ONNX file, or a batch that the model does not have.
+            GateFailedError: the builder refuses the network; its own words are in the message.
+            EnvironmentLackError: the builder crashed, ran out of time, or does not load.
+        """
+        if not request.targets:
+            raise InputError("an engine needs at least one target, such as sm86")
+        if not request.onnx_path.is_file():
+            raise InputError(f"no ONNX file to build an engine from: {request.onnx_path}")
+        output = run_worker(
+            request, progress, command=self._worker_command, timeout_s=self._timeout_s
+        )
+        return BuiltEngine(
+            plan=output.plan, summary=self._summarize(request, output), build_log=output.log
+        )
+
+    def _summarize(self, request: BuildRequest, output: WorkerOutput) -> EngineSummary:
+        records = build_log.read_records(output.log)
+        nodes = build_log.read_nodes(records)
+        layers = build_log.read_layers(records)
+        memory = build_log.read_memory(records)
+        found = inventory.figures(layers, nodes)
+        return EngineSummary(
+            backend=self.name,
+            version=output.version or self.version(),
+            # One table holds for the whole plan: see inventory.
+            per_target=MappingProxyType(dict.fromkeys(request.targets, found)),
+            plan_bytes=len(output.plan),
+            activation_memory_bytes=memory.get("Activation"),
+            weights_memory_bytes=memory.get("Weights"),
+            warnings=inventory.findings(layers, nodes) + build_log.messages(records, "WARNING"),
+        )

@@ -1,0 +1,43 @@
+"""Everything that can go wrong, as one tree; each branch has its exit code.
+
+::
+
+    ExporterError
+    |-- GateFailedError      1    a step ran and its result is not good enough; nothing is published
+    |-- InputError           2    the request, a checkpoint, an image or a folder cannot be used
+    `-- EnvironmentLackError 3    this machine lacks a library, a driver or the network
+
+Interrupting (Ctrl-C) exits with 130. Messages say what happened, where, and what to do now, in one
+or two lines; the command line prints them as they are.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+EXIT_DONE = 0
+EXIT_INTERRUPTED = 130
+
+
+class ExporterError(Exception):
+    """Base of all failures that this project reports on purpose."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class GateFailedError(ExporterError):
+    """A gate (parity, accuracy, graph contract, half range) failed."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class InputError(ExporterError):
+    """Bad input or usage."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class EnvironmentLackError(ExporterError):
+    """The environment lacks something that the request needs."""
+
+    exit_code: ClassVar[int] = 3

@@ -1,0 +1,269 @@
+"""What the user asked for, validated once, all complaints together, frozen.
+
+Standard library only: the command line, the device half and the tests import it without torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from enum import Enum
+from pathlib import Path
+from typing import Any, TypeVar
+
+from exporter.errors import InputError
+from models.registry import bundled_weights, public_repository
+from models.variants import TOTAL_STRIDE, Variant, find_variant
+
+T = TypeVar("T")
+E = TypeVar("E", bound=Enum)
+
+
+class Precision(str, Enum):
+    """Data type of the convolutions in the engine."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    INT8 = "int8"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True, slots=True)
+class BatchProfile:
+    """The batch sizes an engine accepts; the builder tunes for ``opt``."""
+
+    min: int
+    opt: int
+    max: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min <= self.opt <= self.max:
+            raise ValueError(f"batch {self} must be min:opt:max with 1 <= min <= opt <= max")
+
+    @classmethod
+    def parse(cls, text: str) -> BatchProfile:
+        """Read ``8`` (fixed) or ``1:8:32`` (min:opt:max).
+
+        Raises:
+            ValueError: for anything else.
+        """
+        if not re.fullmatch(r"\d+(:\d+:\d+)?", text.strip()):
+            raise ValueError(f"batch {text!r} must be one number or min:opt:max, such as 1:8:32")
+        numbers = [int(part) for part in text.split(":")]
+        return cls(*(numbers * 3 if len(numbers) == 1 else numbers))
+
+    def __str__(self) -> str:
+        return f"{self.min}:{self.opt}:{self.max}"
+
+
+class Recipe(str, Enum):
+    """How the activations' clip values are chosen (calibration.threshold.Method)."""
+
+    MINMAX = "minmax"
+    PERCENTILE = "percentile"
+    MSE = "mse"
+    ENTROPY = "entropy"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+RANDOM = "random"
+HUB = "hub"
+_MIN_IMAGE_SIZE = TOTAL_STRIDE
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportSpec:
+    """One export, valid as far as that can be told without reading the files.
+
+    ``weights`` is None (the bundled checkpoint), ``random``, ``hub``, ``hub@<commit>`` or a path.
+    ``target`` is still text, because which targets exist is the backend's knowledge.
+    ``preprocess`` is ``imagenet``, a JSON file, or None (the checkpoint's own, else ImageNet's).
+    ``min_sqnr_db`` and ``min_agreement`` replace the default gate of the precision stage.
+    """
+
+    variant: Variant
+    precision: Precision
+    out: Path
+    weights: str | None = None
+    calibration: Path | None = None
+    calibration_images: int = 512
+    evaluation: Path | None = None
+    evaluation_images: int = 512
+    recipe: Recipe = Recipe.MSE
+    target: str | None = None
+    backend: str = "auto"
+    batch: BatchProfile = BatchProfile(1, 8, 32)
+    image_size: tuple[int, int] | None = None
+    preprocess: str | None = None
+    skip_bad_images: bool = False
+    min_sqnr_db: float | None = None
+    min_agreement: float | None = None
+    workspace_mib: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything that was asked for, as the manifest records it."""
+        values: dict[str, Any] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            values[item.name] = list(value) if isinstance(value, tuple) else value
+        values["variant"] = self.variant.name
+        for key in ("precision", "recipe", "batch"):
+            values[key] = str(values[key])
+        for key in ("out", "calibration", "evaluation"):
+            values[key] = None if values[key] is None else str(values[key])
+        return values
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportRequest:
+    """What was typed, unchecked. The defaults are those of :class:`ExportSpec`."""
+
+    model: str
+    precision: str = "int8"
+    weights: str | None = None
+    calibration: str | None = None
+    calibration_images: int = 512
+    evaluation: str | None = None
+    evaluation_images: int = 512
+    recipe: str = "mse"
+    target: str | None = None
+    backend: str = "auto"
+    batch: str | None = None
+    image_size: str | None = None
+    preprocess: str | None = None
+    out: str | None = None
+    skip_bad_images: bool = False
+    min_sqnr_db: float | None = None
+    min_agreement: float | None = None
+    workspace_mib: int | None = None
+
+
+def validate(request: ExportRequest, variant: Variant | None = None) -> ExportSpec:
+    """Turn what was typed into a spec.
+
+    ``variant`` is that of a network which the caller has already, weights included; without it
+    ``request.model`` and ``request.weights`` decide.
+
+    Raises:
+        InputError: listing everything that is wrong with the request, not only the first thing.
+    """
+    complaints: list[str] = []
+
+    def parsed(parse: Callable[[], T]) -> T | None:
+        try:
+            return parse()
+        except ValueError as error:
+            complaints.append(str(error))
+            return None
+
+    precision = parsed(lambda: choice(Precision, "precision", request.precision))
+    recipe = parsed(lambda: choice(Recipe, "recipe", request.recipe))
+    batch = parsed(lambda: BatchProfile.parse(request.batch or "1:8:32"))
+    size = request.image_size
+    image_size = parsed(lambda: parse_image_size(size)) if size is not None else None
+    if variant is None:
+        variant = parsed(lambda: find_variant(request.model))
+        if variant is not None:
+            complaints += _weights_complaints(request.weights, variant)
+    complaints += _number_complaints(request)
+    if complaints or variant is None or precision is None or recipe is None or batch is None:
+        raise InputError("; ".join(complaints))
+    return ExportSpec(
+        variant=variant,
+        precision=precision,
+        out=Path(request.out or f"build/{variant.name}-{precision}"),
+        weights=request.weights,
+        calibration=Path(request.calibration) if request.calibration else None,
+        calibration_images=request.calibration_images,
+        evaluation=Path(request.evaluation) if request.evaluation else None,
+        evaluation_images=request.evaluation_images,
+        recipe=recipe,
+        target=request.target,
+        backend=request.backend,
+        batch=batch,
+        image_size=image_size,
+        preprocess=request.preprocess,
+        skip_bad_images=request.skip_bad_images,
+        min_sqnr_db=request.min_sqnr_db,
+        min_agreement=request.min_agreement,
+        workspace_mib=request.workspace_mib,
+    )
+
+
+def choice(kind: type[E], what: str, text: str) -> E:
+    """The member of ``kind`` with this value, ignoring case.
+
+    Raises:
+        ValueError: with the nearest and all known values.
+    """
+    known = [str(member.value) for member in kind]
+    wanted = text.strip().lower()
+    if wanted in known:
+        return kind(wanted)
+    nearest = difflib.get_close_matches(wanted, known, n=1, cutoff=0.3)
+    hint = f"nearest: {nearest[0]}; " if nearest else ""
+    raise ValueError(f"unknown {what} {text!r} ({hint}known: {', '.join(known)})")
+
+
+def parse_image_size(text: str) -> tuple[int, int]:
+    """Read ``224`` or ``192x320`` (height x width, pixels).
+
+    Raises:
+        ValueError: for anything else, or less than the network's total stride.
+    """
+    match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text.strip().lower())
+    if not match:
+        raise ValueError(f"image size {text!r} must be pixels such as 224, or 192x320 (HxW)")
+    height, width = int(match[1]), int(match[2] or match[1])
+    if min(height, width) < _MIN_IMAGE_SIZE:
+        raise ValueError(
+            f"image size {text} is below {_MIN_IMAGE_SIZE}, the network's total stride"
+        )
+    return height, width
+
+
+def weights_advice(variant: Variant) -> str:
+    """How to pass trained weights for ``variant``, in one clause."""
+    hub = f" or WEIGHTS=hub ({public_repository(variant.name)})"
+    return f"WEIGHTS=path/to/checkpoint{hub if public_repository(variant.name) else ''}"
+
+
+def _weights_complaints(weights: str | None, variant: Variant) -> list[str]:
+    if weights is None and bundled_weights(variant.name) is None:
+        return [
+            f"no weights are bundled for {variant.name}: pass {weights_advice(variant)}; "
+            "WEIGHTS=random exports an untrained network"
+        ]
+    name, at, revision = str(weights).partition("@")
+    if name == HUB:
+        complaints = []
+        if public_repository(variant.name) is None:
+            advice = weights_advice(variant)
+            complaints.append(f"no public weights are known for {variant.name}: pass {advice}")
+        if at and not _COMMIT.fullmatch(revision):
+            complaints.append(f"weights {weights}: {revision!r} is no full 40-digit commit hash")
+        return complaints
+    if weights not in (None, RANDOM) and not Path(str(weights)).is_file():
+        return [f"checkpoint {weights} does not exist or is no file"]
+    return []
+
+
+def _number_complaints(request: ExportRequest) -> list[str]:
+    complaints = []
+    for name in ("calibration_images", "evaluation_images", "workspace_mib"):
+        value = getattr(request, name)
+        if value is not None and value < 1:
+            complaints.append(f"{name.replace('_', ' ')} must be at least 1, not {value}")
+    if request.min_sqnr_db is not None and not math.isfinite(request.min_sqnr_db):
+        complaints.append(f"min sqnr must be a finite number of dB, not {request.min_sqnr_db:g}")
+    if request.min_agreement is not None and not 0 <= request.min_agreement <= 1:
+        complaints.append(f"min agreement must be in [0, 1], not {request.min_agreement:g}")
+    return complaints

@@ -1,0 +1,61 @@
+# Every target makes the environment it needs; nothing has to be run first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+
+MODEL ?= A0
+PRECISION ?= int8
+WEIGHTS ?=
+CALIB ?=
+TARGET ?=
+BACKEND ?=
+BATCH ?=
+IMAGE_SIZE ?=
+OUT ?=
+ARGS ?=
+BUNDLE = $(or $(OUT),build/$(MODEL)-$(PRECISION))
+
+option = $(if $(2),$(1) '$(2)')
+ENGINE = $(BIN)/repvgg-export engine '$(MODEL)' --precision '$(PRECISION)' \
+	$(call option,--weights,$(WEIGHTS)) $(call option,--calib,$(CALIB)) \
+	$(call option,--target,$(TARGET)) $(call option,--backend,$(BACKEND)) \
+	$(call option,--batch,$(BATCH)) $(call option,--image-size,$(IMAGE_SIZE)) \
+	--out '$(BUNDLE)' $(ARGS)
+
+.PHONY: engine parity test test-slow lint format benchmark clean
+
+engine: $(READY)
+	@$(ENGINE)
+
+# The main job, and then the published bundle judged again by a fresh process without torch.
+parity: engine
+	@$(BIN)/repvgg-export verify '$(BUNDLE)'
+
+test: $(READY)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+benchmark: $(READY)
+	$(BIN)/python benchmarks/export_time.py
+
+clean:
+	rm -rf build dist $(VENV)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[export,rtx,dev]'
+	@touch $@

@@ -1,0 +1,265 @@
+"""The bundle on disk: manifest, hashes, atomic publication, reading it back.
+
+A bundle is written in a folder beside its destination and renamed into place when it is complete,
+so that the destination is always the old bundle whole, the new one whole, or absent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from exporter.errors import InputError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+MODEL = "model.onnx"
+ENGINE = "model.engine"
+ENGINE_SUMMARY = "engine.json"
+PARITY = "parity.json"
+REFERENCE = "reference.npz"
+CALIBRATION = "calibration.json"
+CALIBRATION_CACHE = "calibration.cache"
+BUILD_LOG = "build.log"
+JUNIT = "junit.xml"
+REPORT = "report.html"
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def dumps(data: Any) -> str:
+    """JSON as this project writes it: indented, strict (no NaN), one newline at the end."""
+    return json.dumps(data, indent=2, allow_nan=False) + "\n"
+
+
+class BundleWriter:
+    """Collects a bundle's files beside ``out``; :meth:`publish` moves them there in one step.
+
+    Used as a context manager: leaving it without publishing removes everything written.
+
+    Raises:
+        InputError: if ``out`` cannot be written or holds something that is no bundle; when the
+            disk is full.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self._out = out
+        self._staging: Path | None = None
+        self._made_parents: list[Path] = []
+
+    def __enter__(self) -> BundleWriter:
+        try:
+            # Resolved, so that a destination reached through a link is replaced where it really is.
+            self._out = out = self._out.resolve()
+            if out.exists() and not _replaceable(out):
+                raise InputError(
+                    f"OUT {out} exists and is no bundle; name a new folder or remove it first"
+                )
+            for parent in reversed([p for p in out.parents if not p.exists()]):
+                parent.mkdir(exist_ok=True)
+                self._made_parents.append(parent)
+            staging = tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".staging", dir=out.parent)
+            self._staging = Path(staging)
+            self._staging.chmod(0o755)
+        except (OSError, RuntimeError, ValueError) as error:
+            # RuntimeError: a loop of links; ValueError: a zero byte in the name.
+            self._discard()
+            raise self._not_writable(error) from error
+        except BaseException:
+            self._discard()
+            raise
+        return self
+
+    def path(self, name: str) -> Path:
+        """Where to write the file ``name``."""
+        if self._staging is None:
+            raise RuntimeError("the bundle is not open for writing")
+        return self._staging / name
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a UTF-8 file."""
+        self.path(name).write_text(text, encoding="utf-8")
+
+    def publish(self, manifest: Mapping[str, Any]) -> Bundle:
+        """Add ``files`` (sha256 and size of each) to ``manifest``, write it, move into place.
+
+        Raises:
+            InputError: if ``out`` cannot be written, or what was written is no bundle.
+        """
+        try:
+            return self._publish(manifest)
+        except OSError as error:
+            raise self._not_writable(error) from error
+
+    def _publish(self, manifest: Mapping[str, Any]) -> Bundle:
+        staging = self.path(".")
+        files = {
+            path.name: {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+            for path in sorted(staging.iterdir())
+        }
+        document = {"schema_version": SCHEMA_VERSION, **manifest, "files": files}
+        self.write_text(MANIFEST, dumps(document))
+        for path in staging.iterdir():
+            _sync(path)
+        bundle = replace(Bundle.load(staging), path=self._out)
+        _move_into_place(staging, self._out)
+        self._staging = None
+        return bundle
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._staging is not None:
+            self._discard()
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise self._not_writable(error) from error
+
+    def _discard(self) -> None:
+        if self._staging is not None:
+            shutil.rmtree(self._staging, ignore_errors=True)
+            self._staging = None
+        for parent in reversed(self._made_parents):
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+
+    def _not_writable(self, error: Exception) -> InputError:
+        reason = error.strerror if isinstance(error, OSError) else None
+        return InputError(f"OUT {self._out} cannot be written: {reason or error}")
+
+
+def _replaceable(out: Path) -> bool:
+    return out.is_dir() and ((out / MANIFEST).is_file() or not any(out.iterdir()))
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _move_into_place(staging: Path, out: Path) -> None:
+    if not out.exists():
+        staging.rename(out)
+        return
+    old = staging.with_suffix(".old")
+    try:
+        out.rename(old)
+        staging.rename(out)
+    except BaseException:
+        if old.exists() and not out.exists():
+            old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A published bundle. Reading it needs neither torch nor onnx."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+    parity: Mapping[str, Any]
+
+    @classmethod
+    def load(cls, path: Path | str) -> Bundle:
+        """Open the bundle in the folder ``path``; contents are checked by :meth:`damaged_files`.
+
+        Raises:
+            InputError: if the folder is no bundle, or one of a newer schema.
+        """
+        path = Path(path)
+        manifest = _read_object(path, MANIFEST)
+        version = manifest.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise InputError(
+                f"bundle {path} has schema version {version}; this program reads {SCHEMA_VERSION}"
+            )
+        files = manifest.get("files")
+        if not isinstance(files, dict) or not all(
+            isinstance(entry, dict) and "sha256" in entry for entry in files.values()
+        ):
+            raise InputError(f"{path} is not a bundle: {MANIFEST} lists no files with their sha256")
+        return cls(path, manifest, _read_object(path, PARITY))
+
+    def damaged_files(self) -> tuple[str, ...]:
+        """Names of the files that are missing or whose hash is not the manifest's."""
+        return tuple(
+            name
+            for name, entry in self.manifest["files"].items()
+            if not (self.path / name).is_file() or file_sha256(self.path / name) != entry["sha256"]
+        )
+
+    @property
+    def graph_path(self) -> Path:
+        """The ONNX that the engine was built from."""
+        precision = self.manifest["spec"]["precision"]
+        return self.path / (MODEL if precision == "fp32" else f"model.{precision}.onnx")
+
+    def reference(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Real inputs ``[N, 3, H, W]`` and the original network's logits ``[N, num_classes]``.
+
+        Raises:
+            InputError: if the file is missing, damaged, or holds anything but plain arrays.
+        """
+        path = self.path / REFERENCE
+        try:
+            # Opened here, because np.load leaves a damaged archive open.
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                return arrays["images"], arrays["logits"]
+        except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+            # TypeError: a plain .npy file, whose array is no context manager.
+            raise InputError(f"reference inputs {path} cannot be read: {error}") from error
+
+    def run(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Logits of preprocessed ``[N, 3, H, W]`` float32 images, by ONNX Runtime on the CPU.
+
+        Raises:
+            InputError: for another shape or data type.
+        """
+        from exporter.onnx_runner import OnnxRunner
+
+        height, width = self.manifest["preprocess"]["image_size"]
+        wanted = (3, height, width)
+        if images.shape[1:] != wanted or len(images) == 0 or images.dtype != np.float32:
+            raise InputError(
+                f"input is {images.dtype} {list(images.shape)}, expected float32 "
+                f"[N, {', '.join(map(str, wanted))}] with N at least 1"
+            )
+        half = self.manifest["spec"]["precision"] == "fp16"
+        return OnnxRunner(self.graph_path, optimize=not half)(images)
+
+
+def _read_object(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        data = json.loads((folder / name).read_text("utf-8"))
+    except OSError as error:
+        reason = f"{name} cannot be read ({error.strerror or error})"
+        raise InputError(f"{folder} is not a bundle: {reason}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{folder} is not a bundle: {name} is not JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{folder} is not a bundle: {name} is no JSON object")
+    return data

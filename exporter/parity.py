@@ -1,0 +1,230 @@
+"""The stage ledger: does every step still compute what was trained?
+
+Every stage's logits are compared with those of the original module on the same real images. With
+reference r and output y over all images and classes::
+
+    max_abs   = max |r - y|                      in logits
+    relative  = max_abs / (max r - min r)        infinite if all r are equal and y is not r
+    SQNR      = 10 log10( sum r^2 / sum (r - y)^2 )   in dB, at most 200 (bit-identical)
+    cosine    = r.y / (|r| |y|)
+    top-1 agreement = fraction of images with the same arg max
+
+Where the gates come from:
+
+* float32 stages, relative <= 1e-4: they differ only in rounding and in the order of additions. A
+  relative rounding of 2^-24 in sums of up to 9 * 1280 terms, through 28 layers, stays near
+  2^-24 sqrt(11520) sqrt(28) = 3.4e-5 of the range even if nothing cancels; measured: below 1e-6.
+* fp16, SQNR >= 50 dB: one rounding to half costs 2^-11, 74 dB; two roundings a layer (weights,
+  activations) in 28 layers cost at most 10 log10(56) = 17 dB of that, leaving 57.
+* int8, SQNR >= 25 dB and agreement >= 98 %: a uniform 8-bit quantizer of a ReLU activation gives
+  about 40 dB, a per-channel weight about 30; 25 dB is what is left where both are healthy, and
+  below it top-1 begins to move.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float32]
+MAX_SQNR_DB = 200.0
+ORIGINAL = "original"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """One output against its reference; definitions in the module's docstring."""
+
+    max_abs: float
+    relative: float
+    sqnr_db: float
+    cosine: float
+    top1_agreement: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gate:
+    """What a comparison must satisfy; None means that the figure is not gated."""
+
+    max_relative: float | None = None
+    min_sqnr_db: float | None = None
+    min_top1_agreement: float | None = None
+
+    def violations(self, comparison: Comparison) -> list[str]:
+        """Every way in which ``comparison`` falls short, with both figures."""
+        found = []
+        if self.max_relative is not None and not comparison.relative <= self.max_relative:
+            found.append(
+                f"largest difference is {comparison.relative:.2g} of the logits' range, "
+                f"allowed {self.max_relative:g}"
+            )
+        if self.min_sqnr_db is not None and not comparison.sqnr_db >= self.min_sqnr_db:
+            found.append(f"SQNR is {comparison.sqnr_db:.1f} dB, required {self.min_sqnr_db:g} dB")
+        wanted = self.min_top1_agreement
+        if wanted is not None and not comparison.top1_agreement >= wanted:
+            found.append(
+                f"top-1 agreement is {100 * comparison.top1_agreement:.1f} %, "
+                f"required {100 * wanted:g} %"
+            )
+        return found
+
+    def to_json(self) -> dict[str, float]:
+        """The gated figures only."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+_FLOAT = Gate(max_relative=1e-4)
+GATES: Mapping[str, Gate] = {
+    "reparameterized": _FLOAT,
+    "onnx": _FLOAT,
+    "simplified": _FLOAT,
+    "fp16": Gate(min_sqnr_db=50.0, min_top1_agreement=0.98),
+    "int8": Gate(min_sqnr_db=25.0, min_top1_agreement=0.98),
+}
+"""The default gate of each stage."""
+
+UNTRAINED_INT8_GATE = Gate(min_sqnr_db=10.0)
+"""For random weights: they make no decisions that could be kept.
+
+Measured on A0 to B3: 17 to 24 dB. Below 10 dB something is broken."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageResult:
+    """One row of the ledger. ``top1`` is the accuracy (0 to 1) where labels exist."""
+
+    stage: str
+    status: str
+    reference: str = ORIGINAL
+    reason: str | None = None
+    comparison: Comparison | None = None
+    gate: Gate = Gate()
+    top1: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as parity.json holds it; figures are null where nothing was compared."""
+        figures = asdict(self.comparison) if self.comparison else {}
+        keys = ("max_abs", "relative", "sqnr_db", "cosine", "top1_agreement")
+        # JSON has no infinity: relative is infinite where all reference logits are equal.
+        figures = {key: value for key, value in figures.items() if math.isfinite(value)}
+        return {
+            "stage": self.stage,
+            "reference": self.reference,
+            "status": self.status,
+            "reason": self.reason,
+            **{key: figures.get(key) for key in keys},
+            "top1": self.top1,
+            "tolerance": self.gate.to_json(),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ledger:
+    """All stages in order. ``images`` says in words which images were compared."""
+
+    stages: tuple[StageResult, ...]
+    images: str
+    image_count: int
+    original_top1: float | None = None
+
+    @property
+    def verdict(self) -> str:
+        """``pass`` if something ran and nothing failed; what did not run is listed beside it."""
+        statuses = {stage.status for stage in self.stages}
+        return "pass" if "pass" in statuses and "fail" not in statuses else "fail"
+
+    @property
+    def not_run(self) -> tuple[str, ...]:
+        """Names of the stages that did not run; they never count as passed."""
+        return tuple(stage.stage for stage in self.stages if stage.status == "not_run")
+
+    def with_stage(self, result: StageResult) -> Ledger:
+        """A ledger with one more row."""
+        return replace(self, stages=(*self.stages, result))
+
+    def to_json(self) -> dict[str, Any]:
+        """parity.json."""
+        return {
+            "verdict": self.verdict,
+            "not_run": list(self.not_run),
+            "images": self.images,
+            "image_count": self.image_count,
+            "original_top1": self.original_top1,
+            "stages": [stage.to_json() for stage in self.stages],
+        }
+
+
+def compare(reference: FloatArray, output: FloatArray) -> Comparison:
+    """Compare logits ``[N, num_classes]``, both finite, of one shape."""
+    r, y = reference.astype(np.float64), output.astype(np.float64)
+    difference = r - y
+    max_abs = float(np.max(np.abs(difference)))
+    noise, signal = float(np.sum(difference**2)), float(np.sum(r**2))
+    span = float(np.ptp(r))
+    norms = math.sqrt(signal) * float(np.linalg.norm(y))
+    cosine = float(np.sum(r * y)) / norms if norms > 0 else float(max_abs == 0)
+    return Comparison(
+        max_abs=max_abs,
+        relative=max_abs / span if span > 0 else (0.0 if max_abs == 0 else math.inf),
+        sqnr_db=_decibel(signal, noise),
+        cosine=min(1.0, max(-1.0, cosine)),
+        top1_agreement=float(np.mean(r.argmax(axis=1) == y.argmax(axis=1))),
+    )
+
+
+def _decibel(signal: float, noise: float) -> float:
+    if noise == 0:
+        return MAX_SQNR_DB
+    if signal == 0:
+        return -MAX_SQNR_DB
+    return min(MAX_SQNR_DB, max(-MAX_SQNR_DB, 10 * math.log10(signal / noise)))
+
+
+def judge(
+    stage: str,
+    reference: FloatArray,
+    output: FloatArray,
+    *,
+    gate: Gate | None = None,
+    labels: npt.NDArray[np.int64] | None = None,
+) -> StageResult:
+    """Compare one stage's logits with the original's and pass or fail it.
+
+    ``labels`` is ``[N]`` class indices, for the accuracy. ``gate`` defaults to the stage's own.
+    """
+    gate = GATES[stage] if gate is None else gate
+    if output.shape != reference.shape:
+        reason = f"output shape is {list(output.shape)}, expected {list(reference.shape)}"
+        return StageResult(stage=stage, status="fail", reason=reason, gate=gate)
+    for what, values in (("of the original's", reference), ("of", output)):
+        bad = int(np.count_nonzero(~np.isfinite(values)))
+        if bad:
+            reason = f"{bad} {what} {values.size} outputs are NaN or Inf"
+            return StageResult(stage=stage, status="fail", reason=reason, gate=gate)
+    comparison = compare(reference, output)
+    violations = gate.violations(comparison)
+    return StageResult(
+        stage=stage,
+        status="fail" if violations else "pass",
+        reason="; ".join(violations) or None,
+        comparison=comparison,
+        gate=gate,
+        top1=accuracy(output, labels),
+    )
+
+
+def not_run(stage: str, reason: str) -> StageResult:
+    """A row for a stage that did not run."""
+    return StageResult(stage=stage, status="not_run", reason=reason, gate=GATES.get(stage, Gate()))
+
+
+def accuracy(logits: FloatArray, labels: npt.NDArray[np.int64] | None) -> float | None:
+    """Top-1 as a fraction, or None without labels."""
+    if labels is None:
+        return None
+    return float(np.mean(logits.argmax(axis=1) == labels))

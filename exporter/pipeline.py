@@ -1,0 +1,221 @@
+"""The road from a spec to a published bundle: the only place that knows the order of the stages.
+
+load -> reparameterize -> export -> simplify -> contract -> [calibrate -> Q/DQ | half] -> engine
+-> publish. After each of them the ledger compares its logits with the original network's; the first
+failed gate ends the run and nothing is published.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import onnx
+import torch
+
+from calibration.table import CalibrationTable
+from exporter import bundle as files
+from exporter import contract, parity, report
+from exporter.bundle import Bundle, BundleWriter
+from exporter.calibrator import calibrate
+from exporter.engine import (
+    Backend,
+    BuildRequest,
+    BuiltEngine,
+    check_engine,
+    engine_not_run_reason,
+    get_backend,
+    parse_targets,
+)
+from exporter.errors import InputError
+from exporter.evidence import manifest, write_evidence
+from exporter.inputs import Inputs, prepare
+from exporter.judge import Judge, torch_runner
+from exporter.onnx_export import export_onnx
+from exporter.onnx_runner import OnnxRunner
+from exporter.parity import Gate, Ledger
+from exporter.precision import largest_magnitudes, require_half_range, to_half
+from exporter.quantize import quantize
+from exporter.simplify import simplify
+from exporter.source import Source
+from exporter.spec import RANDOM, ExportSpec, Precision
+from models.fusion import BlockEquivalence, block_equivalence, reparameterize
+from models.repvgg import RepVGG
+
+Progress = Callable[[str, float], None]
+"""Called with a stage's name and the fraction of it that is done, 0 to 1."""
+
+
+def silent(_stage: str, _fraction: float) -> None:
+    """Report nothing."""
+
+
+SIMPLIFY_SAMPLE = 8
+"""Images on which the simplified graph must equal its input."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportResult:
+    """What an export made; ``seconds`` is the wall time of each stage."""
+
+    bundle: Bundle
+    ledger: Ledger
+    engine: dict[str, Any]
+    notes: tuple[str, ...]
+    seconds: dict[str, float]
+
+
+@dataclass(slots=True)
+class _Clock:
+    """Tells the caller which stage runs and remembers how long each took."""
+
+    progress: Progress
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Callable[[float], None]]:
+        start = time.perf_counter()
+        self.progress(name, 0.0)
+        yield lambda fraction: self.progress(name, min(fraction, 1.0))
+        self.seconds[name] = round(time.perf_counter() - start, 3)
+        self.progress(name, 1.0)
+
+
+def run(
+    spec: ExportSpec,
+    progress: Progress = silent,
+    *,
+    inputs: Inputs | None = None,
+) -> ExportResult:
+    """Do everything that ``spec`` asks for and publish the bundle.
+
+    ``inputs`` replaces what :func:`prepare` would load.
+
+    Raises:
+        GateFailedError: a gate failed; nothing is published.
+        InputError: a checkpoint, image, folder or target cannot be used.
+        EnvironmentLackError: this machine lacks something.
+    """
+    clock = _Clock(progress)
+    backend = get_backend(spec.backend)
+    targets = parse_targets(spec.target, backend, spec.precision)
+    with BundleWriter(spec.out) as writer:
+        with clock.stage("load"):
+            inputs = inputs or prepare(spec)
+        with clock.stage("reparameterize"):
+            judge = Judge(inputs.source, inputs.evaluation)
+            fused, blocks = _reparameterize(inputs.source, judge)
+        model = _export(spec, inputs, fused, judge, clock)
+        onnx.save(model, writer.path(files.MODEL))
+        graph, table = _apply_precision(spec, inputs, model, judge, clock)
+        graph_path = writer.path(files.MODEL)
+        if spec.precision is not Precision.FP32:
+            graph_path = writer.path(f"model.{spec.precision}.onnx")
+            onnx.save(graph, graph_path)
+        request = BuildRequest(
+            onnx_path=graph_path,
+            precision=spec.precision,
+            targets=targets,
+            batch=spec.batch,
+            workspace_mib=spec.workspace_mib,
+        )
+        with clock.stage("engine") as advance:
+            engine = _build(backend, request, len(spec.variant.layers), advance)
+        judge.skip("engine", engine_not_run_reason())
+        with clock.stage("publish"):
+            notes = inputs.source.notes + inputs.notes
+            write_evidence(writer, inputs, judge, engine, table)
+            document = manifest(spec, inputs, engine, blocks, notes)
+            report.write(writer, document, judge.ledger, engine.summary.to_json(), clock.seconds)
+            published = writer.publish(document)
+    return ExportResult(
+        bundle=published,
+        ledger=judge.ledger,
+        engine=engine.summary.to_json(),
+        notes=notes,
+        seconds=clock.seconds,
+    )
+
+
+def _reparameterize(source: Source, judge: Judge) -> tuple[RepVGG, tuple[BlockEquivalence, ...]]:
+    if source.form == "deploy":
+        judge.skip("reparameterized", "the checkpoint is already in deploy form")
+        return source.module, ()
+    try:
+        fused = reparameterize(source.module)
+    except ValueError as error:
+        raise InputError(f"the network cannot be reparameterized: {error}") from error
+    sample = torch.from_numpy(next(judge.images.batches()))
+    blocks = block_equivalence(source.module, fused, sample)
+    judge.check("reparameterized", torch_runner(fused))
+    return fused, blocks  # type: ignore[return-value]
+
+
+def _export(
+    spec: ExportSpec, inputs: Inputs, fused: RepVGG, judge: Judge, clock: _Clock
+) -> onnx.ModelProto:
+    metadata = {
+        "variant": spec.variant.name,
+        "weights_sha256": str(inputs.source.origin.get("sha256")),
+        "preprocess": files.dumps(inputs.preprocess.to_json()),
+    }
+    with clock.stage("export"):
+        model = export_onnx(fused, inputs.preprocess.image_size, metadata)
+        judge.check("onnx", OnnxRunner(model))
+    with clock.stage("simplify"):
+        model = simplify(model, next(judge.images.batches())[:SIMPLIFY_SAMPLE])
+        judge.check("simplified", OnnxRunner(model))
+        contract.require(model, spec.variant, fused.num_classes)
+    return model
+
+
+def _apply_precision(
+    spec: ExportSpec, inputs: Inputs, model: onnx.ModelProto, judge: Judge, clock: _Clock
+) -> tuple[onnx.ModelProto, CalibrationTable | None]:
+    """The graph that the builder will parse, and the scales where it has any."""
+    if spec.precision is Precision.FP32:
+        return model, None
+    gate = _precision_gate(spec, inputs.source)
+    if spec.precision is Precision.FP16:
+        with clock.stage("half"):
+            require_half_range(largest_magnitudes(model, judge.images.batches()))
+            graph = to_half(model)
+            judge.check("fp16", OnnxRunner(graph, optimize=False), gate)
+        return graph, None
+    images = inputs.calibration
+    if images is None:
+        raise InputError("int8 needs calibration images: pass CALIB=folder")
+    with clock.stage("calibrate") as advance:
+        table = calibrate(
+            model,
+            images,
+            str(spec.recipe),
+            inputs.preprocess,
+            lambda done: advance(done / images.count),
+        )
+    with clock.stage("quantize"):
+        graph = quantize(model, table)
+        judge.check("int8", OnnxRunner(graph), gate)
+    return graph, table
+
+
+def _precision_gate(spec: ExportSpec, source: Source) -> Gate:
+    gate = parity.GATES[str(spec.precision)]
+    if source.origin["source"] == RANDOM and spec.precision is Precision.INT8:
+        gate = parity.UNTRAINED_INT8_GATE
+    if spec.min_sqnr_db is not None:
+        gate = replace(gate, min_sqnr_db=spec.min_sqnr_db)
+    if spec.min_agreement is not None:
+        gate = replace(gate, min_top1_agreement=spec.min_agreement)
+    return gate
+
+
+def _build(
+    backend: Backend, request: BuildRequest, convolutions: int, advance: Callable[[float], None]
+) -> BuiltEngine:
+    engine = backend.build(request, lambda _phase, fraction: advance(fraction))
+    check_engine(engine.summary, request.precision, convolutions)
+    return engine

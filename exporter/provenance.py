@@ -1,0 +1,45 @@
+"""What the manifest says about the environment that made a bundle."""
+
+from __future__ import annotations
+
+import os
+import platform
+from datetime import datetime, timezone
+from importlib import metadata
+
+DISTRIBUTIONS = {
+    "repvgg-exporter": ("repvgg-exporter",),
+    "torch": ("torch",),
+    "onnx": ("onnx",),
+    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
+    "onnxsim": ("onnxsim",),
+    "numpy": ("numpy",),
+    "Pillow": ("Pillow",),
+    "tensorrt": ("tensorrt",),
+    "tensorrt-rtx": ("tensorrt-rtx", "tensorrt_rtx"),
+}
+
+
+def versions() -> dict[str, str | None]:
+    """Installed version of everything that takes part in an export; None where it is missing."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name, distributions in DISTRIBUTIONS.items():
+        found[name] = None
+        for distribution in distributions:
+            try:
+                found[name] = metadata.version(distribution)
+                break
+            except metadata.PackageNotFoundError:
+                continue
+    return found
+
+
+def created() -> str:
+    """Now in UTC, or the moment that ``SOURCE_DATE_EPOCH`` names, as ISO 8601 to the second."""
+    epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
+    moment = (
+        datetime.fromtimestamp(int(epoch), timezone.utc)
+        if epoch.isdigit()
+        else datetime.now(timezone.utc)
+    )
+    return moment.isoformat(timespec="seconds")

@@ -1,0 +1,109 @@
+"""Float graph + calibration table -> explicit Q/DQ graph.
+
+ONNX operators QuantizeLinear and DequantizeLinear (opset 13 and later). In front of every quantized
+Conv or Gemm the activation goes through ``DQ(Q(x))`` with one scale for the tensor, and the weight
+is stored as INT8 and dequantized per output channel::
+
+    x^ = s_x clip(round(x / s_x), -128, 127)        W^_o = s_w,o W_int8,o
+
+There is nothing between Conv and Relu, so that an engine can fuse them. The activation's scale and
+zero point are 0-d scalars: with shape ``[1]`` TensorRT-RTX builds the same graph and runs no
+convolution in INT8. Biases stay float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from calibration.table import CalibrationTable
+from calibration.threshold import quantize_weights, weight_scales
+from exporter.errors import InputError
+from exporter.graph import QUANTIZED_OPS, attributes
+
+
+def quantize(
+    model: onnx.ModelProto, table: CalibrationTable, *, keep_float: Collection[str] = ()
+) -> onnx.ModelProto:
+    """Return the Q/DQ copy of a float graph.
+
+    ``keep_float`` names nodes that stay float.
+
+    Raises:
+        InputError: if ``keep_float`` names no Conv or Gemm of the graph, or the table has no scale
+            for a tensor that needs one.
+    """
+    candidates = {node.name for node in model.graph.node if node.op_type in QUANTIZED_OPS}
+    unknown = sorted(set(keep_float) - candidates)
+    if unknown:
+        known = ", ".join(sorted(candidates))
+        raise InputError(f"no Conv or Gemm is called {', '.join(unknown)}; known: {known}")
+    quantized = onnx.ModelProto()
+    quantized.CopyFrom(model)
+    weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    initializers = {tensor.name: tensor for tensor in quantized.graph.initializer}
+    nodes: list[onnx.NodeProto] = []
+    dequantized: set[str] = set()
+    for node in quantized.graph.node:
+        if node.op_type in QUANTIZED_OPS and node.name not in keep_float:
+            source, weight = node.input[0], node.input[1]
+            if source not in dequantized:
+                nodes += _activation_nodes(source, table, initializers)
+            if weight not in dequantized:
+                axis = _channel_axis(node)
+                nodes.append(_weight_node(weight, axis, weights[weight], initializers))
+            dequantized |= {source, weight}
+            node.input[0], node.input[1] = f"{source}.dequantized", f"{weight}.dequantized"
+        nodes.append(node)
+    used = {name for node in nodes for name in node.input}
+    stored = [tensor for name, tensor in initializers.items() if name in used]
+    del quantized.graph.node[:], quantized.graph.initializer[:], quantized.graph.value_info[:]
+    quantized.graph.node.extend(nodes)
+    quantized.graph.initializer.extend(stored)
+    onnx.checker.check_model(quantized)
+    return quantized
+
+
+def _activation_nodes(
+    source: str, table: CalibrationTable, initializers: dict[str, onnx.TensorProto]
+) -> list[onnx.NodeProto]:
+    if source not in table.activation_scales:
+        raise InputError(f"the calibration table has no scale for {source}")
+    scale, zero = f"{source}.scale", f"{source}.zero_point"
+    # np.array(x) without a shape: 0-d, see the module's docstring.
+    scalar = np.array(table.activation_scales[source], dtype=np.float32)
+    initializers[scale] = numpy_helper.from_array(scalar, scale)
+    initializers[zero] = numpy_helper.from_array(np.array(0, dtype=np.int8), zero)
+    integer, real = f"{source}.quantized", f"{source}.dequantized"
+    return [
+        helper.make_node("QuantizeLinear", [source, scale, zero], [integer], name=f"{source}.q"),
+        helper.make_node("DequantizeLinear", [integer, scale, zero], [real], name=f"{source}.dq"),
+    ]
+
+
+def _weight_node(
+    name: str, axis: int, weight: np.ndarray, initializers: dict[str, onnx.TensorProto]
+) -> onnx.NodeProto:
+    by_channel = np.moveaxis(weight, axis, 0)
+    scales = weight_scales(by_channel)
+    integers = np.moveaxis(quantize_weights(by_channel, scales), 0, axis)
+    stored, scale, zero = f"{name}.int8", f"{name}.scale", f"{name}.zero_point"
+    initializers[stored] = numpy_helper.from_array(np.ascontiguousarray(integers), stored)
+    initializers[scale] = numpy_helper.from_array(scales, scale)
+    initializers[zero] = numpy_helper.from_array(np.zeros(len(scales), dtype=np.int8), zero)
+    return helper.make_node(
+        "DequantizeLinear",
+        [stored, scale, zero],
+        [f"{name}.dequantized"],
+        name=f"{name}.dq",
+        axis=axis,
+    )
+
+
+def _channel_axis(node: onnx.NodeProto) -> int:
+    """The output-channel axis of a Conv's or Gemm's weight."""
+    transposed = attributes(node).get("transB", 0)
+    return 0 if node.op_type == "Conv" or transposed else 1

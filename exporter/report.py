@@ -1,0 +1,100 @@
+"""Ledger and engine summary -> junit.xml for CI and report.html for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+from xml.etree import ElementTree
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from exporter import bundle as files
+from exporter.bundle import BundleWriter
+from exporter.parity import Ledger
+
+
+def junit_xml(ledger: Ledger, suite: str) -> str:
+    """One test case a stage; what did not run is ``skipped``, with the reason."""
+    rows = ledger.to_json()["stages"]
+    statuses = [row["status"] for row in rows]
+    root = ElementTree.Element(
+        "testsuite",
+        name=suite,
+        tests=str(len(rows)),
+        failures=str(statuses.count("fail")),
+        skipped=str(statuses.count("not_run")),
+    )
+    for row in rows:
+        case = ElementTree.SubElement(root, "testcase", classname=suite, name=row["stage"])
+        if row["status"] == "fail":
+            ElementTree.SubElement(case, "failure", message=row["reason"] or "failed")
+        elif row["status"] == "not_run":
+            ElementTree.SubElement(case, "skipped", message=row["reason"] or "not run")
+        figures = ElementTree.SubElement(case, "system-out")
+        keys = ("max_abs", "sqnr_db", "cosine", "top1_agreement", "top1")
+        figures.text = " ".join(f"{key}={row[key]}" for key in keys if row[key] is not None)
+    ElementTree.indent(root)
+    return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def html(
+    manifest: Mapping[str, Any],
+    ledger: Ledger,
+    engine: Mapping[str, Any],
+    seconds: Mapping[str, float],
+) -> str:
+    """One self-contained page."""
+    environment = Environment(
+        loader=PackageLoader("exporter", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    template = environment.get_template("report.html.j2")
+    return template.render(
+        manifest=manifest,
+        spec=manifest["spec"],
+        parity=ledger.to_json(),
+        engine=engine,
+        seconds=seconds,
+        command=_command(manifest["spec"]),
+    )
+
+
+def write(
+    writer: BundleWriter,
+    manifest: Mapping[str, Any],
+    ledger: Ledger,
+    engine: Mapping[str, Any],
+    seconds: Mapping[str, float],
+) -> None:
+    """Add junit.xml and report.html to a bundle."""
+    suite = f"repvgg.{manifest['spec']['variant']}.{manifest['spec']['precision']}"
+    writer.write_text(files.JUNIT, junit_xml(ledger, suite))
+    writer.write_text(files.REPORT, html(manifest, ledger, engine, seconds))
+
+
+def _command(spec: Mapping[str, Any]) -> str:
+    """The command line that makes this bundle again; options at their defaults are left out."""
+    words = ["repvgg-export", "engine", spec["variant"], "--precision", spec["precision"]]
+    options = {
+        "weights": "--weights",
+        "calibration": "--calib",
+        "evaluation": "--evaluation",
+        "target": "--target",
+        "preprocess": "--preprocess",
+        "min_sqnr_db": "--min-sqnr",
+        "min_agreement": "--min-agreement",
+        "batch": "--batch",
+        "recipe": "--recipe",
+        "out": "--out",
+    }
+    for key, option in options.items():
+        if spec[key] is not None:
+            words += [option, f"'{spec[key]}'" if " " in str(spec[key]) else str(spec[key])]
+    if spec["image_size"] is not None:
+        words += ["--image-size", "x".join(map(str, spec["image_size"]))]
+    if spec["skip_bad_images"]:
+        words.append("--skip-bad-images")
+    return " ".join(words)

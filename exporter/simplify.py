@@ -1,0 +1,146 @@
+"""onnxsim, run so that a crash, a hang or a wrong result is an error and never a warning.
+
+The simplifier is native code: it runs in a process of its own, with a time limit. Its result is
+accepted only if it has the same inputs and outputs, passes onnx's checker and computes the same on
+``sample``. Names and metadata are the input's: onnxsim stores equal tensors once and writes a diary
+into the metadata, both of which are undone.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from exporter.errors import EnvironmentLackError, GateFailedError
+from exporter.onnx_runner import FloatArray, OnnxRunner
+
+# The current directory is taken off the path, because its files could shadow the libraries.
+_PROGRAM = """
+import sys
+sys.path = [folder for folder in sys.path if folder]
+import onnx, onnxsim
+model, ok = onnxsim.simplify(onnx.load(sys.argv[1]), check_n=0)
+if not ok:
+    sys.exit("onnxsim reports that its result differs from its input")
+onnx.save(model, sys.argv[2])
+"""
+SIMPLIFIER = (sys.executable, "-c", _PROGRAM)
+MAX_RELATIVE_ERROR = 1e-4
+"""Of the logits' range: both graphs are float32 and differ at most in the order of additions."""
+
+
+def simplify(
+    model: onnx.ModelProto,
+    sample: FloatArray,
+    *,
+    timeout_s: float = 300.0,
+    command: Sequence[str] = SIMPLIFIER,
+) -> onnx.ModelProto:
+    """Return the simplified graph.
+
+    ``sample`` is a small real batch ``[N, 3, H, W]``. ``command`` is the program that reads the
+    graph at its first further argument and writes the simplified one at its second.
+
+    Raises:
+        EnvironmentLackError: if the simplifier is missing, crashes or does not end in time.
+        GateFailedError: if its result is no valid graph or computes something else.
+    """
+    with tempfile.TemporaryDirectory(prefix="repvgg-simplify-") as folder:
+        source, target = Path(folder, "in.onnx"), Path(folder, "out.onnx")
+        onnx.save(model, source)
+        _run([*command, str(source), str(target)], timeout_s)
+        if not target.is_file():
+            raise GateFailedError("onnxsim ended without an error and without writing a graph")
+        try:
+            simplified = onnx.load(target)
+            onnx.checker.check_model(simplified)
+        except Exception as error:
+            # protobuf's decoder and onnx's checker raise classes of their native libraries.
+            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise GateFailedError(f"onnxsim wrote an invalid graph: {first_line}") from error
+    _restore_parameters(model, simplified)
+    onnx.helper.set_model_props(simplified, {p.key: p.value for p in model.metadata_props})
+    del simplified.graph.value_info[:]
+    _check_same(model, simplified, sample)
+    return simplified
+
+
+def _run(command: Sequence[str], timeout_s: float) -> None:
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=timeout_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise EnvironmentLackError(
+            f"onnxsim did not end within {timeout_s:g} s and was stopped"
+        ) from error
+    except OSError as error:
+        raise EnvironmentLackError(f"onnxsim cannot be started: {error}") from error
+    if done.returncode < 0:
+        raise EnvironmentLackError(f"onnxsim crashed with signal {-done.returncode}")
+    if done.returncode > 0:
+        last = (done.stderr.strip() or "no message").splitlines()[-1]
+        if "No module named" in last:
+            raise EnvironmentLackError(f"{last}; pip install 'repvgg-exporter[export]'")
+        raise GateFailedError(f"onnxsim failed: {last}")
+
+
+def _restore_parameters(model: onnx.ModelProto, simplified: onnx.ModelProto) -> None:
+    """Give every node of ``simplified`` its own parameters again, under their old names."""
+    known = {tensor.name for tensor in model.graph.initializer}
+    parameters = {tensor.name: tensor for tensor in simplified.graph.initializer}
+    names = {node.name: list(node.input) for node in model.graph.node if node.name}
+    own: dict[str, onnx.TensorProto] = {}
+    for node in simplified.graph.node:
+        before = names.get(node.name, [])
+        for index, name in enumerate(node.input):
+            if name not in parameters:
+                continue
+            restored = before[index] if index < len(before) and before[index] in known else name
+            own[restored] = onnx.TensorProto()
+            own[restored].CopyFrom(parameters[name])
+            own[restored].name = node.input[index] = restored
+    del simplified.graph.initializer[:]
+    simplified.graph.initializer.extend(own.values())
+
+
+def _check_same(model: onnx.ModelProto, simplified: onnx.ModelProto, sample: FloatArray) -> None:
+    for kind in ("input", "output"):
+        before = [_signature(value) for value in getattr(model.graph, kind)]
+        after = [_signature(value) for value in getattr(simplified.graph, kind)]
+        if before != after:
+            raise GateFailedError(
+                f"onnxsim changed the graph's {kind}s from {', '.join(before)} to "
+                f"{', '.join(after) or 'none'}"
+            )
+    expected, found = OnnxRunner(model)(sample), OnnxRunner(simplified)(sample)
+    if expected.shape != found.shape:
+        raise GateFailedError(
+            f"onnxsim's graph computes {list(found.shape)} logits, expected {list(expected.shape)}"
+        )
+    span = float(np.ptp(expected)) or 1.0
+    error = float(np.max(np.abs(expected - found))) / span
+    if not error <= MAX_RELATIVE_ERROR:
+        raise GateFailedError(
+            f"onnxsim's graph computes something else: logits differ by {error:.2g} of their "
+            f"range, at most {MAX_RELATIVE_ERROR:g} is rounding"
+        )
+
+
+def _signature(value: onnx.ValueInfoProto) -> str:
+    """``images FLOAT [batch, 3, 64, 64]``."""
+    tensor = value.type.tensor_type
+    sizes = [dim.dim_param or str(dim.dim_value) for dim in tensor.shape.dim]
+    kind = onnx.TensorProto.DataType.Name(tensor.elem_type)
+    return f"{value.name} {kind} [{', '.join(sizes)}]"

@@ -1,0 +1,143 @@
+"""The first stage: from a valid spec to the trained network and the images it is judged on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from calibration.images import Preprocess
+from exporter.bundle import file_sha256
+from exporter.errors import EnvironmentLackError, InputError
+from exporter.spec import HUB, RANDOM, ExportSpec, weights_advice
+from models.checkpoint import CheckpointError, load_checkpoint
+from models.registry import (
+    PublicWeightsError,
+    bundled_weights,
+    fetch_public,
+)
+from models.repvgg import RepVGG, RepVGGBlock
+
+RANDOM_SEED = 0
+RANDOM_CLASSES = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """The network in eval mode, in the form its checkpoint had, and where it came from.
+
+    ``origin`` is what the manifest records about the weights; ``notes`` is for the user.
+    """
+
+    module: RepVGG
+    form: str
+    origin: dict[str, Any]
+    notes: tuple[str, ...]
+    class_names: tuple[str, ...] | None = None
+    preprocess: Preprocess | None = None
+
+
+def load_network(spec: ExportSpec) -> Source:
+    """Load what ``spec.weights`` names.
+
+    Raises:
+        InputError: if the checkpoint cannot be used.
+        EnvironmentLackError: if a public checkpoint cannot be downloaded here.
+    """
+    if spec.weights is None:
+        return _bundled(spec)
+    if spec.weights == RANDOM:
+        return _random(spec)
+    if spec.weights == HUB or spec.weights.startswith(f"{HUB}@"):
+        return _public(spec)
+    path = Path(spec.weights)
+    return _from_file(spec, path, {"source": "file", "file": str(path)}, ())
+
+
+def _from_file(
+    spec: ExportSpec, path: Path, origin: dict[str, Any], notes: tuple[str, ...]
+) -> Source:
+    try:
+        loaded = load_checkpoint(path, spec.variant)
+    except CheckpointError as error:
+        raise InputError(str(error)) from error
+    found = {"format": loaded.format, "form": loaded.form, "num_classes": loaded.num_classes}
+    return Source(
+        module=loaded.module,
+        form=loaded.form,
+        origin={**origin, "sha256": file_sha256(path), **found},
+        notes=notes,
+    )
+
+
+def _bundled(spec: ExportSpec) -> Source:
+    bundled = bundled_weights(spec.variant.name)
+    if bundled is None:
+        raise InputError(f"no weights are bundled for {spec.variant.name}")
+    note = (
+        f"using the bundled weights ({bundled.checkpoint.name}, {len(bundled.class_names)} "
+        f"classes); pass your own with {weights_advice(spec.variant)}"
+    )
+    origin = {"source": "bundled", "file": bundled.checkpoint.name}
+    return replace(
+        _from_file(spec, bundled.checkpoint, origin, (note,)),
+        class_names=bundled.class_names,
+        preprocess=Preprocess.from_json(bundled.preprocess),
+    )
+
+
+def _public(spec: ExportSpec) -> Source:
+    _, _, revision = str(spec.weights).partition("@")
+    try:
+        public = fetch_public(spec.variant.name, revision or None)
+    except PublicWeightsError as error:
+        raise EnvironmentLackError(str(error)) from error
+    note = (
+        f"using {public.repository} at commit {public.revision}; repeat it with "
+        f"WEIGHTS=hub@{public.revision}"
+    )
+    origin = {"source": "hub", "file": public.repository, "revision": public.revision}
+    return _from_file(spec, public.checkpoint, origin, (note,))
+
+
+def _random(spec: ExportSpec) -> Source:
+    """An untrained network whose activations keep their size from the first layer to the last.
+
+    He et al. 2015: a kernel drawn from N(0, 2 / fan_in) after a ReLU keeps the second moment. The
+    branches share it (identity 0.4 of a ReLU output is 0.2), so that none of the variants leaves
+    half's range. BatchNorm's statistics are not the trivial ones, so fusing has something to do.
+    """
+    generator_state = torch.random.get_rng_state()
+    torch.manual_seed(RANDOM_SEED)
+    module = RepVGG(spec.variant, num_classes=RANDOM_CLASSES)
+    for child in module.modules():
+        if isinstance(child, nn.Conv2d):
+            nn.init.kaiming_normal_(child.weight, nonlinearity="relu")
+    for block in module.modules():
+        if isinstance(block, RepVGGBlock):
+            _randomize_norm(block.rbr_dense.bn, 0.5)
+            _randomize_norm(block.rbr_1x1.bn, 0.5 if block.rbr_identity is None else 0.3)
+            if block.rbr_identity is not None:
+                _randomize_norm(block.rbr_identity, 0.4)
+    torch.random.set_rng_state(generator_state)
+    origin = {
+        "source": RANDOM,
+        "file": None,
+        "seed": RANDOM_SEED,
+        "form": "train",
+        "num_classes": RANDOM_CLASSES,
+    }
+    note = "RANDOM WEIGHTS: the network is untrained, its answers mean nothing"
+    return Source(module=module.eval(), form="train", origin=origin, notes=(note,))
+
+
+def _randomize_norm(norm: Any, share: float) -> None:
+    """Random statistics for a BatchNorm2d whose branch carries ``share`` of the second moment."""
+    nn.init.normal_(norm.running_mean, std=0.05)
+    nn.init.uniform_(norm.running_var, 0.5, 2.0)
+    nn.init.normal_(norm.bias, std=0.05)
+    with torch.no_grad():
+        norm.weight.copy_(torch.sqrt(share * (norm.running_var + norm.eps)))

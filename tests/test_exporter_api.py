@@ -1,0 +1,156 @@
+"""The Python API does what the command does, and refuses what it cannot do."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import exporter
+from exporter import Bundle, export, reparameterize
+from exporter.errors import InputError
+from exporter.parity import compare
+from models import RepVGG, Variant, find_variant
+from models.registry import bundled_weights
+from models.repvgg import PlainBlock, RepVGGBlock
+
+TARGET = "sm86"
+
+
+@pytest.fixture(scope="module")
+def network() -> RepVGG:
+    """A full-size A0 with BatchNorm statistics of real magnitude, in eval mode."""
+    torch.manual_seed(1)
+    module = RepVGG(find_variant("A0"), num_classes=7)
+    with torch.no_grad():
+        module.train()(torch.randn(16, 3, 32, 32))
+    return module.eval()
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    """32 float32 images ``[32, 3, 32, 32]``."""
+    return np.random.default_rng(0).normal(size=(32, 3, 32, 32)).astype(np.float32)
+
+
+def test_the_door_exposes_exactly_its_names():
+    """`from exporter import *` gives export, reparameterize and Bundle."""
+    assert ["Bundle", "export", "reparameterize"] == exporter.__all__
+    assert all(getattr(exporter, name) is not None for name in exporter.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'expert'"):
+        _ = exporter.expert
+
+
+def test_reparameterize_returns_a_fused_copy_and_leaves_the_module_alone(network):
+    """The result has no branches left; the argument keeps all of its own."""
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    fused = reparameterize(network)
+    assert not any(isinstance(m, RepVGGBlock) for m in fused.modules())
+    assert 22 == sum(isinstance(m, PlainBlock) for m in fused.modules())
+    after = network.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_a_module_is_exported_with_arrays_as_calibration(network, images, tmp_path):
+    """The bundle runs the INT8 graph and stays close to the module it was made from."""
+    bundle = export(
+        network,
+        example_input=torch.zeros(1, 3, 32, 32),
+        precision="fp16",
+        calibration=iter([images[:20], images[20:]]),
+        targets=[TARGET],
+        out=tmp_path / "b",
+    )
+    assert isinstance(bundle, Bundle)
+    assert "module" == bundle.manifest["weights"]["source"]
+    assert [TARGET] == bundle.manifest["targets"]
+    with torch.no_grad():
+        reference = network(torch.from_numpy(images)).numpy()
+    assert compare(reference, bundle.run(images)).sqnr_db > 50
+    assert "pass" == bundle.parity["verdict"]
+
+
+def test_a_variant_name_exports_the_bundled_weights(tmp_path):
+    """export("A0") is `engine A0`."""
+    bundle = export("A0", precision="fp32", targets=TARGET, out=tmp_path / "b")
+    assert "bundled" == bundle.manifest["weights"]["source"]
+    assert bundle.path == tmp_path / "b"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"module": torch.nn.Linear(1, 1)}, "a Linear cannot be exported"),
+        ({"module": "A0", "colour": "red"}, "unknown option colour"),
+        ({"module": "A0", "calibration": [np.zeros((2, 3, 4, 4))]}, "expected float32"),
+        ({"module": "A0", "calibration": np.zeros((0, 3, 4, 4), np.float32)}, "no images"),
+        ({"module": "A0", "calibration": ["a"]}, "calibration holds str"),
+        ({"module": "A0", "targets": ["sm12"]}, "sm12"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_before_any_work(arguments, message, tmp_path):
+    """Each refusal is an InputError with the reason, and leaves nothing."""
+    module = arguments.pop("module")
+    with pytest.raises(InputError, match=message):
+        export(module, out=tmp_path / "b", **arguments)
+    assert [] == list(tmp_path.iterdir())
+
+
+def test_a_module_needs_an_example_input_and_no_weights(network, images):
+    """What is missing or contradictory is named."""
+    with pytest.raises(InputError, match="needs example_input"):
+        export(network, calibration=images)
+    with pytest.raises(InputError, match="not both"):
+        export(network, weights="x.pth", calibration=images)
+    with pytest.raises(InputError, match=r"expected \[N, 3, H, W\]"):
+        export(network, example_input=torch.zeros(3, 32, 32), calibration=images)
+
+
+def test_a_module_of_a_hand_made_variant_keeps_its_own_table(images, tmp_path):
+    """The graph contract follows the module's variant, not a published one's name."""
+    variant = Variant(
+        name="tiny", num_blocks=(1, 1, 2, 1), width_multiplier=(0.25, 0.25, 0.25, 0.25)
+    )
+    torch.manual_seed(0)
+    module = RepVGG(variant, num_classes=5)
+    with torch.no_grad():
+        module.train()(torch.from_numpy(images))
+    bundle = export(
+        module.eval(),
+        example_input=torch.zeros(1, 3, 32, 32),
+        precision="int8",
+        calibration=images,
+        targets=TARGET,
+        min_sqnr_db=15,
+        min_agreement=0.5,
+        out=tmp_path / "b",
+    )
+    assert "tiny" == bundle.manifest["model"]["variant"]
+
+
+def test_a_module_in_train_mode_is_exported_in_eval_mode_and_said_so(network, images, tmp_path):
+    """The bundle's notes tell; the caller's module stays in train mode."""
+    network.train()
+    try:
+        bundle = export(
+            network,
+            example_input=torch.zeros(1, 3, 32, 32),
+            precision="fp32",
+            calibration=images,
+            targets=TARGET,
+            out=tmp_path / "b",
+        )
+        assert network.training
+    finally:
+        network.eval()
+    assert any("train() mode" in note for note in bundle.manifest["notes"])
+    with torch.no_grad():
+        reference = network(torch.from_numpy(images)).numpy()
+    np.testing.assert_allclose(bundle.run(images), reference, atol=1e-3)
+
+
+def test_the_bundled_registry_knows_only_a0():
+    """Names without bundled weights are refused with advice."""
+    assert bundled_weights("B1") is None
+    with pytest.raises(InputError, match="no weights are bundled for B1"):
+        export("B1")

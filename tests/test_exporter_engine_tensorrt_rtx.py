@@ -1,0 +1,385 @@
+"""Real builds of RepVGG-A0 (64x64, random weights) on the CPU, and what the engines contain."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import exporter.engine
+from exporter.engine import (
+    BuildRequest,
+    BuiltEngine,
+    ConvolutionCounts,
+    check_engine,
+    get_backend,
+    parse_targets,
+)
+from exporter.engine.build_log import read_layers, read_records
+from exporter.errors import GateFailedError, InputError
+from exporter.spec import BatchProfile, Precision
+from models.variants import ConvLayer, find_variant
+
+onnx = pytest.importorskip("onnx")
+if importlib.util.find_spec("tensorrt_rtx") is None:
+    pytest.skip("TensorRT-RTX is not installed", allow_module_level=True)
+
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+
+SIZE = 64
+CLASSES = 10
+CONVOLUTIONS = 22
+OPEN_BATCH = "N"
+AMPERE_AND_LATER = ("sm80", "sm86", "sm89", "sm120", "sm121")
+
+
+class Graph:
+    """A deploy-form RepVGG under construction, node by node."""
+
+    def __init__(self, dtype: type[np.generic]) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: dict[str, onnx.TensorProto] = {}
+        self.dtype = dtype
+
+    def constant(self, name: str, value: np.ndarray) -> str:
+        self.constants[name] = numpy_helper.from_array(value, name)
+        return name
+
+    def node(self, op: str, inputs: list[str], output: str, **attributes) -> str:
+        node = helper.make_node(op, inputs, [output], name=f"{op}:{output}", **attributes)
+        self.nodes.append(node)
+        return output
+
+    def model(self, batch: str | int) -> onnx.ModelProto:
+        graph = helper.make_graph(
+            self.nodes,
+            "repvgg",
+            [helper.make_tensor_value_info("input", TensorProto.FLOAT, [batch, 3, SIZE, SIZE])],
+            [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [batch, CLASSES])],
+            list(self.constants.values()),
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+        onnx.checker.check_model(model)
+        return model
+
+
+def quantized(graph: Graph, layer: ConvLayer, x: str, weight: np.ndarray, shape: tuple[int, ...]):
+    """Q/DQ on the activation (scale of ``shape``) and per output channel on the weights."""
+    name = layer.name
+    step = np.abs(weight).max(axis=(1, 2, 3)) / 127
+    whole = np.round(weight / step[:, None, None, None]).astype(np.int8)
+    weights = [
+        graph.constant(f"{name}.q_weight", whole),
+        graph.constant(f"{name}.weight_scale", step.astype(np.float32)),
+        graph.constant(f"{name}.weight_zero", np.zeros(len(step), np.int8)),
+    ]
+    dequantized = graph.node("DequantizeLinear", weights, f"{name}.weight", axis=0)
+    scale = graph.constant(f"{name}.scale", np.full(shape, 4 / 127, np.float32))
+    zero = graph.constant(f"{name}.zero", np.zeros(shape, np.int8))
+    integer = graph.node("QuantizeLinear", [x, scale, zero], f"{name}.integer")
+    return graph.node("DequantizeLinear", [integer, scale, zero], f"{name}.input"), dequantized
+
+
+@functools.cache
+def repvgg_a0(
+    precision: Precision, batch: str | int = OPEN_BATCH, scale_shape: tuple[int, ...] = ()
+) -> onnx.ModelProto:
+    """A0 as the exporter makes it: plain chain, half tensors for fp16, Q/DQ for int8."""
+    random = np.random.default_rng(0)
+    variant = find_variant("A0")
+    half = precision is Precision.FP16
+    graph = Graph(np.float16 if half else np.float32)
+    x = graph.node("Cast", ["input"], "half", to=TensorProto.FLOAT16) if half else "input"
+    for layer in variant.layers:
+        weight = random.standard_normal(layer.weight_shape, np.float32) * 0.05
+        bias = graph.constant(f"{layer.name}.bias", np.full(len(weight), 0.1, graph.dtype))
+        if precision is Precision.INT8:
+            x, weights = quantized(graph, layer, x, weight, scale_shape)
+        else:
+            weights = graph.constant(f"{layer.name}.weight", weight.astype(graph.dtype))
+        x = graph.node(
+            "Conv",
+            [x, weights, bias],
+            f"{layer.name}.sum",
+            kernel_shape=[3, 3],
+            pads=[1, 1, 1, 1],
+            strides=[layer.stride] * 2,
+        )
+        x = graph.node("Relu", [x], f"{layer.name}.out")
+    classifier = random.standard_normal((CLASSES, variant.feature_channels), np.float32) * 0.05
+    x = graph.node("Flatten", [graph.node("GlobalAveragePool", [x], "pooled")], "flat")
+    weights = graph.constant("linear.weight", classifier.astype(graph.dtype))
+    bias = graph.constant("linear.bias", np.zeros(CLASSES, graph.dtype))
+    last = "half_logits" if half else "logits"
+    x = graph.node("Gemm", [x, weights, bias], last, transB=1)
+    if half:
+        graph.node("Cast", [x], "logits", to=TensorProto.FLOAT)
+    return graph.model(batch)
+
+
+@pytest.fixture(autouse=True)
+def temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Temporary files go to a folder that must be empty in the end."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    yield folder
+    assert list(folder.iterdir()) == []
+
+
+@pytest.fixture
+def build(tmp_path: Path):
+    """Builds a model with the one backend there is."""
+
+    def run(
+        model: onnx.ModelProto,
+        precision: Precision,
+        targets: tuple[str, ...] = ("sm86",),
+        *,
+        batch: BatchProfile = BatchProfile(1, 1, 1),  # noqa: B008
+        progress=lambda _phase, _fraction: None,
+        workspace_mib: int | None = None,
+    ) -> BuiltEngine:
+        path = tmp_path / "model.onnx"
+        path.write_bytes(model.SerializeToString())
+        request = BuildRequest(
+            onnx_path=path,
+            precision=precision,
+            targets=targets,
+            batch=batch,
+            workspace_mib=workspace_mib,
+        )
+        return get_backend("auto").build(request, progress)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("precision", "counts", "fused", "others"),
+    [
+        (Precision.FP32, (0, 0, 22), 22, 3),
+        (Precision.FP16, (0, 22, 0), 22, 3),
+        (Precision.INT8, (22, 0, 0), 0, 24),
+    ],
+)
+def test_an_a0_engine_contains_what_was_asked_for(
+    build, precision: Precision, counts: tuple[int, int, int], fused: int, others: int
+):
+    """On every target of the precision, all 22 convolutions run in it; only INT8 leaves epilogues.
+
+    The other kernels are cast or quantization of the input, pooling and classifier, and for INT8
+    one epilogue a convolution.
+    """
+    targets = parse_targets(None, get_backend("auto"), precision)
+
+    built = build(repvgg_a0(precision), precision, targets)
+
+    int8, half, floats = counts
+    for figures in built.summary.per_target.values():
+        assert figures.convolutions == ConvolutionCounts(
+            total=CONVOLUTIONS, int8=int8, half=half, float=floats
+        )
+        assert (figures.epilogue_fused, figures.other_kernels) == (fused, others)
+    check_engine(built.summary, precision, CONVOLUTIONS)
+    assert built.summary.targets == targets
+    assert built.plan[:4] == b"vtrt"
+    assert built.summary.plan_bytes == len(built.plan)
+
+
+def test_turing_does_half(build):
+    """An fp16 engine for sm75 runs all convolutions in half with bias and ReLU fused."""
+    summary = build(repvgg_a0(Precision.FP16), Precision.FP16, ("sm75",)).summary
+
+    check_engine(summary, Precision.FP16, CONVOLUTIONS)
+    assert summary.epilogue_fused == CONVOLUTIONS
+
+
+def test_a_scale_of_shape_1_costs_all_int8_and_the_gate_says_so(build):
+    """The trap: the graph builds and shrinks, runs in float, and only the gate notices."""
+    model = repvgg_a0(Precision.INT8, scale_shape=(1,))
+
+    summary = build(model, Precision.INT8, ("sm80", "sm86")).summary
+
+    assert summary.plan_bytes < 10_000_000
+    assert summary.convolutions == ConvolutionCounts(total=22, int8=0, half=0, float=22)
+    with pytest.raises(GateFailedError, match=r"on sm80 only 0 of 22 .*scale of shape \[\]"):
+        check_engine(summary, Precision.INT8, CONVOLUTIONS)
+
+
+def test_int8_tells_that_its_epilogues_are_apart(build):
+    """Whether INT8 pays is not known from the build, and engine.json says so."""
+    warnings = build(repvgg_a0(Precision.INT8), Precision.INT8).summary.warnings
+
+    assert [w for w in warnings if w.startswith("22 of 22 convolutions leave bias, ReLU")]
+
+
+def tactics(built: BuiltEngine) -> set[str]:
+    layers = read_layers(read_records(built.build_log))
+    return {layer.tactic for layer in layers if re.search("_0x[0-9a-f]{32}", layer.tactic)}
+
+
+def test_a_plan_for_several_targets_has_one_layer_table(build):
+    """The log's table is the plan's: its kernels are in it, those of a target alone are not."""
+    model = repvgg_a0(Precision.FP16)
+    both = build(model, Precision.FP16, ("sm75", "sm86"))
+    alone = build(model, Precision.FP16, ("sm86",))
+    only_alone = tactics(alone) - tactics(both)
+
+    assert len(tactics(both)) == 3
+    assert len(only_alone) == 1
+    assert [name for name in tactics(both) if name.encode() not in both.plan] == []
+    assert [name for name in only_alone if name.encode() in both.plan] == []
+    assert [name for name in only_alone if name.encode() not in alone.plan] == []
+
+
+def test_an_open_batch_keeps_the_figures(build):
+    """A profile of 1:8:32 changes the scratch memory, not the convolutions."""
+    model = repvgg_a0(Precision.INT8)
+    fixed = build(model, Precision.INT8)
+
+    ranged = build(model, Precision.INT8, batch=BatchProfile(1, 8, 32))
+
+    check_engine(ranged.summary, Precision.INT8, CONVOLUTIONS)
+    memory = ranged.summary.activation_memory_bytes, fixed.summary.activation_memory_bytes
+    assert memory[0] > memory[1] > 0
+    assert ranged.summary.weights_memory_bytes > 7_000_000
+    assert "MinShape: [1,3,64,64], OptShape: [8,3,64,64], MaxShape: [32,3,64,64]" in (
+        ranged.build_log
+    )
+
+
+def test_a_fixed_batch_is_built_as_it_is_and_only_so(build):
+    """A model with a fixed batch of 2 builds for batch 2; another batch is bad input."""
+    model = repvgg_a0(Precision.FP16, batch=2)
+
+    build(model, Precision.FP16, batch=BatchProfile(2, 2, 2), workspace_mib=512)
+    with pytest.raises(InputError, match="'input' has a fixed batch of 2, but batch 1:4:8"):
+        build(model, Precision.FP16, batch=BatchProfile(1, 4, 8))
+
+
+def changed(model: onnx.ModelProto, name: str, value: np.ndarray) -> onnx.ModelProto:
+    """A copy with another value of the constant ``name``."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    tensor = next(t for t in copy.graph.initializer if t.name == name)
+    tensor.CopyFrom(numpy_helper.from_array(value, name))
+    return copy
+
+
+def test_a_network_the_parser_refuses_is_told_in_its_words(build):
+    """Node, operator and the parser's own reason are in the message."""
+    model = changed(repvgg_a0(Precision.INT8), "stage1.1.zero", np.array(3, np.int8))
+
+    with pytest.raises(GateFailedError) as caught:
+        build(model, Precision.INT8)
+
+    assert "QuantizeLinear:stage1.1.integer (QuantizeLinear)" in str(caught.value)
+    assert "Non-zero zero point is not supported" in str(caught.value)
+
+
+def test_the_missing_driver_is_not_in_the_message(build):
+    """The builder mixes its reason with noise about the driver; only the reason is kept."""
+    weight = np.zeros((48, 48, 3, 3), np.float16)
+    model = changed(repvgg_a0(Precision.FP32), "stage1.1.weight", weight)
+
+    with pytest.raises(GateFailedError, match="`kernel` is of type Half") as caught:
+        build(model, Precision.FP32)
+
+    assert "Cuda" not in str(caught.value)
+
+
+def test_a_network_the_builder_refuses_is_told_in_its_words(build):
+    """What compiles for no kernel of a target names the operation and the target."""
+    with pytest.raises(GateFailedError, match=r"SM75.*FP32 GEMM is not supported"):
+        build(repvgg_a0(Precision.FP32), Precision.FP32, ("sm75", "sm86"))
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model"])
+def test_a_file_that_is_no_model_is_refused(tmp_path: Path, content: bytes):
+    """A damaged file ends in an error of ours, not in a crash."""
+    path = tmp_path / "model.onnx"
+    path.write_bytes(content)
+    request = BuildRequest(
+        onnx_path=path, precision=Precision.FP16, targets=("sm86",), batch=BatchProfile(1, 1, 1)
+    )
+
+    with pytest.raises(GateFailedError, match="refuses the network"):
+        get_backend("auto").build(request, lambda *_: None)
+
+
+def test_a_missing_model_or_target_is_bad_input(build, tmp_path: Path):
+    """Neither is left to the builder to find out."""
+    request = BuildRequest(
+        onnx_path=tmp_path / "no.onnx",
+        precision=Precision.FP16,
+        targets=("sm86",),
+        batch=BatchProfile(1, 1, 1),
+    )
+
+    with pytest.raises(InputError, match=r"no\.onnx"):
+        get_backend("auto").build(request, lambda *_: None)
+    with pytest.raises(InputError, match="at least one target"):
+        build(repvgg_a0(Precision.FP16), Precision.FP16, ())
+    with pytest.raises(InputError, match="cannot build for sm99"):
+        build(repvgg_a0(Precision.FP16), Precision.FP16, ("sm99",))
+
+
+def test_progress_ends_at_1_and_never_goes_back(build):
+    """The builder's phases arrive as growing fractions that end with the finished engine."""
+    seen: list[tuple[str, float]] = []
+
+    build(repvgg_a0(Precision.FP16), Precision.FP16, progress=lambda *step: seen.append(step))
+
+    fractions = [fraction for _, fraction in seen]
+    assert fractions == sorted(fractions)
+    assert seen[0][0] == "Reading the network"
+    assert seen[-1] == ("Engine built", 1.0)
+    assert len(seen) > 10
+
+
+def test_two_builds_of_a_half_engine_are_equal(build):
+    """The plan is a function of model and targets alone."""
+    model = repvgg_a0(Precision.FP16)
+
+    assert build(model, Precision.FP16).plan == build(model, Precision.FP16).plan
+
+
+def test_strange_folders_where_the_program_runs_do_not_matter(tmp_path: Path):
+    """Packages in the working directory that share a name with ours or TensorRT are not used."""
+    model = tmp_path / "model.onnx"
+    model.write_bytes(repvgg_a0(Precision.FP16).SerializeToString())
+    strange = tmp_path / "strange"
+    for name in ("models", "exporter", "calibration", "tensorrt_rtx", "json"):
+        (strange / name).mkdir(parents=True)
+        (strange / name / "__init__.py").write_text("raise RuntimeError('picked up')")
+    program = tmp_path / "program" / "build.py"
+    program.parent.mkdir()
+    program.write_text(
+        "from pathlib import Path\n"
+        "from exporter.engine import BuildRequest, get_backend\n"
+        "from exporter.spec import BatchProfile, Precision\n"
+        f"request = BuildRequest(onnx_path=Path({str(model)!r}), precision=Precision.FP16,\n"
+        "                       targets=('sm86',), batch=BatchProfile(1, 1, 1))\n"
+        "print(get_backend('auto').build(request, lambda *_: None).summary.convolutions.half)\n"
+    )
+    home = str(Path(exporter.engine.__file__).resolve().parents[2])
+
+    done = subprocess.run(
+        [sys.executable, str(program)],
+        cwd=strange,
+        env={**os.environ, "PYTHONPATH": home},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert (done.stdout.strip(), done.stderr) == ("22", "")

@@ -1,0 +1,260 @@
+"""Bad input through the real command: exit code, one or two lines, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from models.registry import bundled_weights
+
+
+@pytest.fixture
+def refused(command, tmp_path):
+    """Run `engine`, require the exit code, one or two lines on stderr, and no trace under OUT."""
+
+    def run(code: int, *arguments: str, out: Path | None = None) -> str:
+        folder = tmp_path / "out"
+        folder.mkdir(exist_ok=True)
+        target = out or folder / "bundle"
+        process = command("engine", *arguments, "--out", str(target), "--quiet")
+        assert code == process.returncode, process.stderr
+        assert "" == process.stdout
+        assert 1 <= len(process.stderr.strip().splitlines()) <= 2, process.stderr
+        assert "Traceback" not in process.stderr
+        assert [] == list(folder.iterdir())
+        return process.stderr
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, torch.Tensor]:
+    """The bundled A0's tensors."""
+    return load_file(bundled_weights("A0").checkpoint)
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    """A calibration folder of 20 bundled images."""
+    folder = tmp_path / "images"
+    source = bundled_weights("A0").calibration_images
+    for path in sorted(source.rglob("*.png"))[::6][:20]:
+        target = folder / path.parent.name / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    return folder
+
+
+def test_an_unknown_model_is_refused_with_the_nearest_names(refused):
+    """`A9` is not a variant; A0, A1, A2 are near."""
+    message = refused(2, "A9")
+    assert "unknown model 'A9'" in message
+    assert "nearest: A" in message
+
+
+def test_an_unknown_precision_is_refused_with_the_nearest_name(refused):
+    """`int9` is near int8."""
+    assert "unknown precision 'int9' (nearest: int8; known: fp32, fp16, int8)" in refused(
+        2, "A0", "--precision", "int9"
+    )
+
+
+def test_an_unknown_target_is_refused_with_the_nearest_name(refused):
+    """`sm88` is near sm89 and the known ones are listed."""
+    message = refused(2, "A0", "--target", "sm88")
+    assert "sm88" in message
+    assert "sm86" in message
+
+
+def test_all_complaints_about_a_request_come_together(refused):
+    """One message names the model, the precision and the batch."""
+    message = refused(2, "Z9", "--precision", "int4", "--batch", "8:1:2")
+    for part in ("'Z9'", "'int4'", "8:1:2"):
+        assert part in message
+
+
+def test_a_variant_without_bundled_weights_needs_weights(refused):
+    """B1 alone is refused, with the way to pass weights."""
+    message = refused(2, "B1")
+    assert "no weights are bundled for B1" in message
+    assert "WEIGHTS=path" in message
+    assert "WEIGHTS=hub (timm/repvgg_b1.rvgg_in1k)" in message
+
+
+def test_hub_weights_offline_exit_3_and_name_the_file_to_fetch(refused):
+    """Without a network the message says which file of which repository is needed."""
+    message = refused(3, "A0", "--weights", "hub")
+    assert "model.safetensors" in message
+    assert "timm/repvgg_a0.rvgg_in1k" in message
+
+
+def test_a_missing_checkpoint_is_refused(refused, tmp_path):
+    """The path is named."""
+    assert "missing.pth does not exist" in refused(
+        2, "A0", "--weights", str(tmp_path / "missing.pth")
+    )
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_a_truncated_checkpoint_is_refused(refused, tmp_path, weights, suffix):
+    """Half a file is not a checkpoint, in either format."""
+    path = tmp_path / f"half.{suffix}"
+    if suffix == "pth":
+        torch.save(weights, path)
+    else:
+        save_file(weights, path)
+    os.truncate(path, path.stat().st_size // 2)
+    message = refused(2, "A0", "--weights", str(path))
+    assert path.name in message
+    assert "truncated" in message
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(refused, tmp_path):
+    """A text file is named and refused."""
+    path = tmp_path / "notes.pth"
+    path.write_text("these are not weights\n" * 100)
+    assert "notes.pth" in refused(2, "A0", "--weights", str(path))
+
+
+def test_a_checkpoint_of_another_variant_is_named_for_what_it_fits(refused):
+    """A0's weights under MODEL=A1 say that they fit A0."""
+    path = str(bundled_weights("A0").checkpoint)
+    assert "its shapes fit A0; use MODEL=A0" in refused(2, "A1", "--weights", path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(refused, tmp_path, weights, value):
+    """The tensor that holds NaN or Inf is named."""
+    name = "stage2.1.rbr_dense.conv.weight"
+    broken = weights[name].clone()
+    broken[0, 0, 0, 0] = value
+    save_file({**weights, name: broken}, tmp_path / "broken.safetensors")
+    assert name in refused(2, "A0", "--weights", str(tmp_path / "broken.safetensors"))
+
+
+class _Touch:
+    """A pickle payload that would create a file when loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_a_pickle_that_would_run_code_is_refused_and_not_executed(refused, tmp_path):
+    """The payload's file never appears."""
+    path, touched = tmp_path / "evil.pth", tmp_path / "touched"
+    path.write_bytes(pickle.dumps({"state_dict": _Touch(touched)}))
+    message = refused(2, "A0", "--weights", str(path))
+    assert "evil.pth" in message
+    assert "not executed" in message or "refused" in message
+    assert not touched.exists()
+
+
+def test_missing_and_empty_calibration_folders_are_refused(refused, tmp_path):
+    """Random data never takes their place."""
+    (tmp_path / "empty").mkdir()
+    assert "does not exist" in refused(2, "A0", "--calib", str(tmp_path / "nowhere"))
+    assert "holds no image" in refused(2, "A0", "--calib", str(tmp_path / "empty"))
+
+
+def test_int8_of_own_weights_without_calibration_images_is_refused(refused):
+    """The bundled images are not taken for another network's data."""
+    path = str(bundled_weights("A0").checkpoint)
+    assert "CALIB=folder" in refused(2, "A0", "--weights", path)
+
+
+def test_a_corrupt_calibration_image_is_named(refused, images):
+    """The file's name and the way to leave it out are in the message."""
+    victim = sorted(images.rglob("*.png"))[3]
+    victim.write_bytes(victim.read_bytes()[:60])
+    message = refused(2, "A0", "--calib", str(images))
+    assert victim.name in message
+    assert "--skip-bad-images" in message
+
+
+def test_skip_bad_images_counts_them_instead(command, images, tmp_path):
+    """With the flag the export succeeds and the manifest counts what was left out."""
+    import json
+
+    for victim in sorted(images.rglob("*.png"))[3:5]:
+        victim.write_bytes(victim.read_bytes()[:60])
+    out = tmp_path / "bundle"
+    process = command(
+        "engine", "A0", "--calib", str(images), "--skip-bad-images", "--out", str(out), "--quiet",
+        "--target", "sm86",
+    )  # fmt: skip
+    assert 0 == process.returncode, process.stderr
+    calibration = json.loads((out / "manifest.json").read_text())["calibration"]
+    assert (18, 2) == (calibration["images"], calibration["skipped"])
+
+
+def test_an_out_that_cannot_be_written_is_refused(refused, tmp_path):
+    """OUT below a file is no folder, whoever runs the command."""
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in refused(2, "A0", out=tmp_path / "file" / "bundle")
+
+
+def test_an_out_that_holds_something_else_is_left_alone(refused, tmp_path):
+    """A folder with foreign files is neither replaced nor touched."""
+    precious = tmp_path / "mine" / "thesis.txt"
+    precious.parent.mkdir()
+    precious.write_text("years of work")
+    assert "is no bundle" in refused(2, "A0", out=precious.parent)
+    assert "years of work" == precious.read_text()
+
+
+def test_a_failed_gate_exits_1_and_publishes_nothing(refused):
+    """An SQNR that INT8 cannot reach ends the run with the measured figure."""
+    message = refused(1, "A0", "--min-sqnr", "90", "--target", "sm86")
+    assert "parity failed at stage int8: SQNR is" in message
+    assert "nothing was published" in message
+
+
+def test_half_overflow_is_detected_and_reported_with_the_layer(refused, tmp_path, weights):
+    """A network whose activations leave half's range is refused at fp16 by layer."""
+    scaled = {
+        name: tensor.float() * (1e5 if name.startswith("stage2.1.") and "bn." in name
+                                and name.endswith(("weight", "bias")) else 1)
+        for name, tensor in weights.items()
+    }  # fmt: skip
+    save_file(scaled, tmp_path / "large.safetensors")
+    message = refused(
+        1, "A0", "--precision", "fp16", "--weights", str(tmp_path / "large.safetensors"),
+        "--image-size", "64",
+    )  # fmt: skip
+    assert "half overflow in stage2.1" in message
+
+
+@pytest.mark.parametrize("stage", ["reparameterize", "engine"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_exits_130_and_leaves_nothing(tmp_path, stage, number):
+    """Ctrl-C and SIGTERM end the run at once, the builder's process included."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "exporter", "engine", "A0", "--out", str(tmp_path / "o" / "b")],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith(stage):
+            break
+    time.sleep(0.1)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert 130 == process.returncode, errors
+    assert "interrupted; nothing was published" in errors
+    assert "Traceback" not in errors
+    assert [] == list(tmp_path.iterdir())

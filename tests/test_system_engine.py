@@ -1,0 +1,186 @@
+"""The main job, run as a user runs it: from the bundled A0 to a published bundle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import onnx
+import pytest
+
+from calibration.table import CalibrationTable, parse_cache_text
+from exporter.bundle import Bundle
+
+COMMON = {
+    "manifest.json", "model.onnx", "model.engine", "engine.json", "reference.npz", "parity.json",
+    "junit.xml", "report.html", "build.log",
+}  # fmt: skip
+FILES = {
+    "fp32": COMMON,
+    "fp16": COMMON | {"model.fp16.onnx"},
+    "int8": COMMON | {"model.int8.onnx", "calibration.json", "calibration.cache"},
+}
+PRECISIONS = ("fp32", "fp16", "int8")
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_command_exits_0_and_the_bundle_has_every_file_of_the_contract(bundles, precision):
+    """`engine A0` publishes exactly the contract's files at each precision."""
+    out, process = bundles(precision)
+    assert (0, "") == (process.returncode, "" if process.returncode == 0 else process.stderr)
+    assert FILES[precision] == {path.name for path in out.iterdir()}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_manifest_hashes_every_other_file(bundles, precision):
+    """The manifest's sha256 and size are those of the files, and none is left out."""
+    out, _ = bundles(precision)
+    entries = json.loads((out / "manifest.json").read_text())["files"]
+    assert FILES[precision] - {"manifest.json"} == set(entries)
+    for name, entry in entries.items():
+        content = (out / name).read_bytes()
+        assert entry == {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_ledger_has_the_stages_of_the_contract_in_order(bundles, precision):
+    """What ran passed; the engine says not_run and why, and is not counted as passed."""
+    out, _ = bundles(precision)
+    parity = json.loads((out / "parity.json").read_text())
+    middle = [] if precision == "fp32" else [precision]
+    stages = ["reparameterized", "onnx", "simplified", *middle, "engine"]
+    assert stages == [row["stage"] for row in parity["stages"]]
+    assert "pass" == parity["verdict"]
+    assert ["pass"] * (len(stages) - 1) == [row["status"] for row in parity["stages"][:-1]]
+    engine = parity["stages"][-1]
+    assert ("not_run", None) == (engine["status"], engine["sqnr_db"])
+    assert engine["reason"]
+    assert ["engine"] == parity["not_run"]
+
+
+def test_int8_keeps_top1_within_half_a_point_on_the_held_out_images(bundles):
+    """INT8 agrees with the trained network on the 360 test images; SQNR is above the gate."""
+    out, _ = bundles("int8")
+    parity = json.loads((out / "parity.json").read_text())
+    row = next(row for row in parity["stages"] if row["stage"] == "int8")
+    assert 360 == parity["image_count"]
+    assert parity["original_top1"] >= 0.98
+    assert abs(parity["original_top1"] - row["top1"]) <= 0.005
+    assert row["sqnr_db"] >= 25
+    assert row["top1_agreement"] >= 0.98
+
+
+def test_the_int8_engine_runs_all_22_convolutions_in_int8_on_every_target(bundles):
+    """engine.json counts 22 of 22 INT8 convolutions on sm80 to sm121."""
+    engine = json.loads((bundles("int8")[0] / "engine.json").read_text())
+    assert ["sm80", "sm86", "sm89", "sm120", "sm121"] == engine["targets"]
+    for figures in engine["per_target"].values():
+        assert {"total": 22, "int8": 22, "half": 0, "float": 0} == figures["convolutions"]
+    assert {"total": 22, "int8": 22, "half": 0, "float": 0} == engine["convolutions"]
+
+
+def test_the_fp16_engine_runs_all_22_convolutions_in_half_with_fused_bias_and_relu(bundles):
+    """engine.json counts 22 half convolutions with fused epilogue, sm75 included."""
+    engine = json.loads((bundles("fp16")[0] / "engine.json").read_text())
+    assert ["sm75", "sm80", "sm86", "sm89", "sm120", "sm121"] == engine["targets"]
+    for figures in engine["per_target"].values():
+        assert {"total": 22, "int8": 0, "half": 22, "float": 0} == figures["convolutions"]
+        assert 22 == figures["epilogue_fused"]
+
+
+def test_the_plan_is_a_real_serialized_engine(bundles):
+    """model.engine starts with TensorRT's magic and holds at least the INT8 weights."""
+    out, _ = bundles("int8")
+    plan = (out / "model.engine").read_bytes()
+    assert b"vtrt" == plan[:4]
+    assert len(plan) > 7_000_000
+
+
+def test_the_int8_graph_has_scalar_activation_scales_and_nothing_between_conv_and_relu(bundles):
+    """Every activation scale is 0-d, every Relu reads a Conv."""
+    model = onnx.load(bundles("int8")[0] / "model.int8.onnx")
+    dims = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
+    producer = {node.output[0]: node.op_type for node in model.graph.node}
+    quantizers = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    assert 23 == len(quantizers)
+    assert [[]] * 23 == [dims[node.input[1]] for node in quantizers]
+    relus = [node for node in model.graph.node if node.op_type == "Relu"]
+    assert ["Conv"] * 22 == [producer[node.input[0]] for node in relus]
+
+
+def test_the_calibration_table_and_cache_agree_and_belong_to_the_graph(bundles):
+    """calibration.json names the ONNX it was made from; the cache holds the same scales."""
+    out, _ = bundles("int8")
+    table = CalibrationTable.loads((out / "calibration.json").read_text())
+    cache = (out / "calibration.cache").read_text()
+    assert hashlib.sha256((out / "model.onnx").read_bytes()).hexdigest() == table.onnx_sha256
+    assert dict(table.activation_scales) == parse_cache_text(cache)
+    assert 128 == table.image_count
+    assert cache.startswith("TRT-100300-EntropyCalibration2\n")
+
+
+def test_the_user_is_told_that_the_bundled_weights_were_used_and_how_to_pass_others(bundles):
+    """One note says so, in the JSON result and in the manifest."""
+    out, process = bundles("int8")
+    notes = json.loads(process.stdout)["notes"]
+    assert notes == json.loads((out / "manifest.json").read_text())["notes"]
+    assert 1 == len(notes)
+    assert "bundled weights" in notes[0]
+    assert "WEIGHTS=path" in notes[0]
+    assert "WEIGHTS=hub" in notes[0]
+
+
+def test_reference_npz_holds_real_inputs_and_the_original_networks_outputs(bundles):
+    """The bundle's own INT8 graph reproduces the recorded logits within the gate."""
+    out, _ = bundles("int8")
+    bundle = Bundle.load(out)
+    images, logits = bundle.reference()
+    assert ((8, 3, 64, 64), (8, 10)) == (images.shape, logits.shape)
+    np.testing.assert_allclose(bundle.run(images), logits, atol=0.5)
+
+
+def test_junit_xml_has_a_case_for_each_stage(bundles):
+    """The engine is skipped with its reason, nothing fails."""
+    suite = ElementTree.parse(bundles("int8")[0] / "junit.xml").getroot()
+    assert ("5", "0", "1") == tuple(suite.get(key) for key in ("tests", "failures", "skipped"))
+    cases = {case.get("name"): case for case in suite}
+    assert cases["engine"].find("skipped").get("message")
+
+
+def test_report_html_is_self_contained_and_names_the_verdict(bundles):
+    """The page refers to nothing outside itself."""
+    page = (bundles("int8")[0] / "report.html").read_text()
+    assert "RepVGG-A0 at int8" in page
+    assert "http" not in page.replace("http-equiv", "")
+    assert "22" in page
+
+
+def test_verify_accepts_a_fresh_bundle_and_names_a_flipped_byte(bundles, command, tmp_path):
+    """`verify` exits 0 on what `engine` made, and 1 naming the damaged file."""
+    import shutil
+
+    copy = Path(shutil.copytree(bundles("int8")[0], tmp_path / "copy"))
+    assert 0 == command("verify", str(copy)).returncode
+    engine = copy / "model.engine"
+    content = bytearray(engine.read_bytes())
+    content[1000] ^= 1
+    engine.write_bytes(content)
+    process = command("verify", str(copy))
+    assert 1 == process.returncode
+    assert "model.engine" in process.stderr
+
+
+def test_a_second_run_replaces_the_bundle_and_repeats_its_figures(command, bundles, tmp_path):
+    """Two runs into one OUT leave one bundle with byte-identical graphs and table."""
+    first, _ = bundles("int8")
+    out = tmp_path / "again"
+    for _ in range(2):
+        process = command("engine", "A0", "--out", str(out), "--quiet", "--target", "sm86")
+        assert (0, "") == (process.returncode, process.stderr)
+    assert ["again"] == [path.name for path in tmp_path.iterdir()]
+    for name in ("model.onnx", "model.int8.onnx", "calibration.json", "calibration.cache"):
+        assert (first / name).read_bytes() == (out / name).read_bytes(), name
+    assert ["sm86"] == json.loads((out / "engine.json").read_text())["targets"]

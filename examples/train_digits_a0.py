@@ -87,7 +87,11 @@ def train(images: Tensor, labels: Tensor, *, epochs: int, batch_size: int) -> Re
     optimizer = torch.optim.SGD(groups, lr=0.05, momentum=0.9, nesterov=True)
     steps = epochs * (len(images) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=0.05, total_steps=steps, pct_start=1 / epochs, cycle_momentum=False
+        optimizer,
+        max_lr=0.05,
+        total_steps=steps,
+        pct_start=min(0.5, 1 / epochs),
+        cycle_momentum=False,
     )
     loss_of = nn.CrossEntropyLoss(label_smoothing=0.05)
     for epoch in range(epochs):

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
 from exporter import pipeline
 from exporter.bundle import Bundle
+from exporter.custom import array_images, example_tensors, module_source
 from exporter.errors import InputError
 from exporter.image_set import ArrayImages
 from exporter.inputs import prepare
+from exporter.network import BATCH, HEIGHT, WIDTH, Port, classifier_interface
+from exporter.onnx_runner import FloatArray
 from exporter.source import Source, load_network
-from exporter.spec import ExportRequest, validate
+from exporter.spec import ExportRequest, ExportSpec, validate
 from models.fusion import reparameterize as _reparameterize
-from models.repvgg import PlainBlock, RepVGG
+from models.repvgg import RepVGG
 
-FloatArray = npt.NDArray[np.float32]
+Chunk: TypeAlias = FloatArray | tuple[FloatArray, ...]
+Arrays: TypeAlias = Chunk | Iterable[Chunk]
+Example: TypeAlias = torch.Tensor | tuple[torch.Tensor, ...]
 
 
 def reparameterize(module: nn.Module) -> nn.Module:
@@ -45,27 +46,34 @@ def reparameterize(module: nn.Module) -> nn.Module:
 def export(
     module: nn.Module | str,
     *,
-    example_input: torch.Tensor | None = None,
+    example_input: Example | None = None,
     weights: str | Path | None = None,
     precision: str = "int8",
-    calibration: str | Path | FloatArray | Iterable[FloatArray] | None = None,
+    calibration: str | Path | Arrays | None = None,
+    evaluation: str | Path | Arrays | None = None,
     targets: str | Sequence[str] | None = None,
     backend: str = "auto",
     out: str | Path | None = None,
     **options: Any,
 ) -> Bundle:
-    """Export a RepVGG and return its published bundle.
+    """Export a network with RepVGG-style blocks and return its published bundle.
 
     Args:
-        module: a variant's name such as ``"A0"``, or a trained :class:`models.RepVGG` in either
-            form (then ``example_input`` is required and ``weights`` must be None).
-        example_input: float tensor ``[N, 3, H, W]``; fixes the image size.
+        module: a variant's name such as ``"A0"``; or a trained module of any class that contains
+            RepVGG-style blocks (then ``example_input`` is required and ``weights`` must be None).
+            Its forward takes float tensors ``[N, ...]`` and returns one, or tuples, lists or dicts
+            of them. Only the blocks are fused; everything else is exported as it is.
+        example_input: float tensor ``[N, ...]``, or a tuple of one an input; fixes all sizes but
+            the batch.
         weights: as ``WEIGHTS=``: a checkpoint, ``"hub"`` or ``"random"``.
         precision: ``"fp32"``, ``"fp16"`` or ``"int8"``.
-        calibration: a folder of images, or an array or an iterable of arrays ``[N, 3, H, W]``
-            float32, already preprocessed. An iterable is read once, into memory.
+        calibration: a folder of images, or float32 arrays that are already preprocessed: one
+            ``[N, ...]``, a tuple of one an input, or an iterable of either, which is read once,
+            into memory.
+        evaluation: the same, to compare the stages on; without it the calibration arrays.
         targets: compute capabilities such as ``"sm86"`` or ``["sm80", "sm86"]``.
-        options: further fields of :class:`exporter.spec.ExportRequest`, such as ``batch="1:8:32"``.
+        options: further fields of :class:`exporter.spec.ExportRequest`, such as ``batch="1:8:32"``
+            or ``dynamic_size="64:96:128"``, which leaves height and width of the inputs open.
 
     Raises:
         exporter.errors.ExporterError: GateFailedError, InputError or EnvironmentLackError.
@@ -73,16 +81,12 @@ def export(
     unknown = sorted(set(options) - set(ExportRequest.__dataclass_fields__))
     if unknown:
         raise InputError(f"unknown option {', '.join(unknown)}")
-    folder, arrays = None, None
-    if isinstance(calibration, str | Path):
-        folder = calibration
-    elif calibration is not None:
-        arrays = _array_images(calibration)
     request = ExportRequest(
         model=module if isinstance(module, str) else "",
         precision=str(precision),
         weights=_text(weights),
-        calibration=_text(folder),
+        calibration=_text(calibration) if isinstance(calibration, str | Path) else None,
+        evaluation=_text(evaluation) if isinstance(evaluation, str | Path) else None,
         target=targets if targets is None or isinstance(targets, str) else ",".join(targets),
         backend=backend,
         out=_text(out),
@@ -90,75 +94,50 @@ def export(
     )
     if isinstance(module, str):
         spec = validate(request)
+        # Before the network is loaded, so that wrong arrays are refused at once.
+        ports = (Port(name="images", shape=(BATCH, 3, HEIGHT, WIDTH)),)
+        given = _given(calibration, evaluation, ports)
         source = load_network(spec)
     else:
-        network = _require_network(module, weights)
-        size = _image_size(example_input)
-        spec = validate(request, network.variant)
-        spec = replace(spec, weights="module", image_size=spec.image_size or size)
-        source = _module_source(network)
-    return pipeline.run(spec, inputs=prepare(spec, source, arrays)).bundle
+        if weights is not None:
+            raise InputError("pass either a module, which has its weights, or weights; not both")
+        spec, source = _own_network(module, example_tensors(example_input, module), request)
+        given = _given(calibration, evaluation, _ports(spec, source))
+    return pipeline.run(spec, inputs=prepare(spec, source, *given)).bundle
 
 
-def _require_network(module: nn.Module, weights: str | Path | None) -> RepVGG:
-    if not isinstance(module, RepVGG):
-        raise InputError(
-            f"a {type(module).__name__} cannot be exported; pass a models.RepVGG or a variant name"
-        )
-    if weights is not None:
-        raise InputError("pass either a module, which has its weights, or weights; not both")
-    return module
+def _own_network(
+    module: nn.Module, example: tuple[torch.Tensor, ...], request: ExportRequest
+) -> tuple[ExportSpec, Source]:
+    variant = module.variant if isinstance(module, RepVGG) else None
+    if variant is not None and request.image_size is None:
+        height, width = example[0].shape[2:]
+        request = replace(request, image_size=f"{height}x{width}")
+    elif variant is None and request.image_size is not None:
+        raise InputError("example_input fixes the image size of a module; leave image_size out")
+    spec = validate(request, variant or type(module).__name__)
+    return replace(spec, weights="module"), module_source(module, example, spec.dynamic_size)
 
 
-def _module_source(module: RepVGG) -> Source:
-    notes = ["the network was passed by the caller"]
-    if any(child.training for child in module.modules()):
-        notes.append("the module is in train() mode; a copy switched to eval() is exported")
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode() + b"\0" + tensor.detach().cpu().numpy().tobytes())
-    form = "deploy" if any(isinstance(m, PlainBlock) for m in module.modules()) else "train"
-    return Source(
-        module=copy.deepcopy(module).cpu().float().eval(),
-        form=form,
-        origin={
-            "source": "module",
-            "file": None,
-            "sha256": digest.hexdigest(),
-            "form": form,
-            "num_classes": module.num_classes,
-        },
-        notes=tuple(notes),
-    )
+def _ports(spec: ExportSpec, source: Source) -> tuple[Port, ...]:
+    if source.interface is not None:
+        return source.interface.inputs
+    assert spec.image_size is not None
+    return classifier_interface(spec.image_size, 1, spec.dynamic_size).inputs
 
 
-def _image_size(example_input: torch.Tensor | None) -> tuple[int, int]:
-    if example_input is None:
-        raise InputError("a module needs example_input, a float tensor [N, 3, H, W]")
-    if example_input.ndim != 4 or example_input.shape[1] != 3:
-        raise InputError(f"example_input is {list(example_input.shape)}, expected [N, 3, H, W]")
-    return int(example_input.shape[2]), int(example_input.shape[3])
+def _given(
+    calibration: Any, evaluation: Any, ports: tuple[Port, ...]
+) -> tuple[ArrayImages | None, ArrayImages | None]:
+    """The images that were passed as arrays."""
+    images = [
+        None
+        if arrays is None or isinstance(arrays, str | Path)
+        else array_images(arrays, what, ports)
+        for what, arrays in (("calibration", calibration), ("evaluation", evaluation))
+    ]
+    return images[0], images[1]
 
 
-def _array_images(calibration: FloatArray | Iterable[FloatArray]) -> ArrayImages:
-    chunks = [calibration] if isinstance(calibration, np.ndarray) else list(calibration)
-    for chunk in chunks:
-        if not isinstance(chunk, np.ndarray) or chunk.dtype != np.float32 or chunk.ndim != 4:
-            found = (
-                f"{chunk.dtype} {list(chunk.shape)}"
-                if isinstance(chunk, np.ndarray)
-                else type(chunk).__name__
-            )
-            raise InputError(f"calibration holds {found}, expected float32 [N, 3, H, W]")
-        if not np.isfinite(chunk).all():
-            raise InputError("calibration holds NaN or Inf values")
-    if not sum(len(chunk) for chunk in chunks):
-        raise InputError("calibration holds no images")
-    try:
-        return ArrayImages(array=np.concatenate(chunks))
-    except ValueError as error:
-        raise InputError(f"calibration arrays do not fit together: {error}") from error
-
-
-def _text(value: str | Path | None) -> str | None:
+def _text(value: Any) -> str | None:
     return None if value is None else str(value)

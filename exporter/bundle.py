@@ -21,9 +21,14 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from exporter.errors import InputError
+from exporter.onnx_runner import FloatArray, OnnxRunner, fits
+
+Arrays = Any
+"""One float32 array, or several: a tuple of inputs, a dict of outputs by name.
+
+Not a union: whoever calls knows which of them the network has."""
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -218,38 +223,62 @@ class Bundle:
         precision = self.manifest["spec"]["precision"]
         return self.path / (MODEL if precision == "fp32" else f"model.{precision}.onnx")
 
-    def reference(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """Real inputs ``[N, 3, H, W]`` and the original network's logits ``[N, num_classes]``.
+    def _names(self, kind: str, default: str) -> list[str]:
+        return [port["name"] for port in self.manifest.get(kind, [{"name": default}])]
+
+    def reference(self) -> tuple[Arrays, Arrays]:
+        """Real inputs ``[N, ...]`` and the original network's outputs for them.
+
+        As :meth:`run` takes and returns them.
 
         Raises:
             InputError: if the file is missing, damaged, or holds anything but plain arrays.
         """
         path = self.path / REFERENCE
+        inputs, outputs = self._names("inputs", "images"), self._names("outputs", "logits")
         try:
             # Opened here, because np.load leaves a damaged archive open.
             with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                return arrays["images"], arrays["logits"]
+                stored = {name: arrays[name] for name in (*inputs, *outputs)}
         except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             # TypeError: a plain .npy file, whose array is no context manager.
             raise InputError(f"reference inputs {path} cannot be read: {error}") from error
+        given = tuple(stored[name] for name in inputs)
+        results = {name: stored[name] for name in outputs}
+        return (
+            given[0] if len(given) == 1 else given,
+            results[outputs[0]] if len(results) == 1 else results,
+        )
 
-    def run(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Logits of preprocessed ``[N, 3, H, W]`` float32 images, by ONNX Runtime on the CPU.
+    def run(self, inputs: Arrays) -> Arrays:
+        """The network's outputs, by ONNX Runtime on the CPU.
+
+        ``inputs`` is one preprocessed float32 array ``[N, ...]``, or a tuple of them in the order
+        of the manifest's ``inputs``. One output comes as an array, several as a dict of them.
 
         Raises:
-            InputError: for another shape or data type.
+            InputError: for another number of inputs, shape or data type.
         """
-        from exporter.onnx_runner import OnnxRunner
-
-        height, width = self.manifest["preprocess"]["image_size"]
-        wanted = (3, height, width)
-        if images.shape[1:] != wanted or len(images) == 0 or images.dtype != np.float32:
-            raise InputError(
-                f"input is {images.dtype} {list(images.shape)}, expected float32 "
-                f"[N, {', '.join(map(str, wanted))}] with N at least 1"
-            )
+        batch = inputs if isinstance(inputs, tuple) else (inputs,)
+        self._require_inputs(batch)
         half = self.manifest["spec"]["precision"] == "fp16"
-        return OnnxRunner(self.graph_path, optimize=not half)(images)
+        outputs = OnnxRunner(self.graph_path, optimize=not half).run(batch)
+        return next(iter(outputs.values())) if len(outputs) == 1 else outputs
+
+    def _require_inputs(self, batch: tuple[FloatArray, ...]) -> None:
+        if "inputs" in self.manifest:
+            shapes = [port["shape"][1:] for port in self.manifest["inputs"]]
+        else:
+            shapes = [[3, *self.manifest["preprocess"]["image_size"]]]
+        if len(batch) != len(shapes):
+            names = ", ".join(self._names("inputs", "images"))
+            raise InputError(f"{len(batch)} arrays were passed, expected {len(shapes)}: {names}")
+        for array, wanted in zip(batch, shapes, strict=True):
+            if not fits(array, wanted) or not len(array) == len(batch[0]) > 0:
+                raise InputError(
+                    f"input is {array.dtype} {list(array.shape)}, expected float32 "
+                    f"[N, {', '.join(map(str, wanted))}] with N at least 1"
+                )
 
 
 def _read_object(folder: Path, name: str) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """Runs the float graph over calibration images and hands every boundary tensor to calibration/.
 
-A boundary tensor is one that an INT8 kernel reads: the input of a convolution or of the classifier.
+A boundary tensor is one that an INT8 kernel reads: the input of a convolution, of the classifier or
+of another product with constant weights.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import onnx
 
@@ -17,36 +18,48 @@ from calibration.threshold import Method, activation_scale, threshold
 from exporter.errors import InputError
 from exporter.graph import boundary_tensors, with_outputs
 from exporter.image_set import ImageSet
-from exporter.onnx_runner import FloatArray, OnnxRunner
+from exporter.onnx_runner import Batch, FloatArray, OnnxRunner
 
 PERCENTILE = 99.99
 
 
 def observe_boundaries(
     model: onnx.ModelProto,
-    batches: Iterable[FloatArray],
+    batches: Iterable[Batch],
     progress: Callable[[int], None] | None = None,
 ) -> Mapping[str, TensorObserver]:
-    """Statistics of every boundary tensor of the float graph over ``[n, C, H, W]`` batches.
+    """Statistics of every boundary tensor of the float graph over ``batches``.
 
     One pass; memory depends on the batch size, not on the number of images. ``progress`` gets the
     number of images done.
     """
-    image_name = model.graph.input[0].name
-    computed = [name for name in boundary_tensors(model) if name != image_name]
-    runner = OnnxRunner(with_outputs(model, computed))
+    boundaries = boundary_tensors(model)
+    inputs = [value.name for value in model.graph.input]
+    computed = [name for name in boundaries if name not in inputs]
+    runner = OnnxRunner(with_outputs(model, computed)) if computed else None
+    current: list[Batch] = []
 
-    def run(images: FloatArray) -> Mapping[str, FloatArray]:
-        return {image_name: images, **runner.run_all(images)}
+    def first_inputs() -> Iterator[FloatArray]:
+        """The observers count images by one array; the others of its batch wait in ``current``."""
+        for batch in batches:
+            current[:] = [batch]
+            yield batch[0]
 
-    return observe(run, batches, progress)
+    def run(_images: FloatArray) -> Mapping[str, FloatArray]:
+        (batch,) = current
+        found = dict(zip(inputs, batch, strict=True))
+        if runner is not None:
+            found |= runner.run(batch)
+        return {name: found[name] for name in boundaries}
+
+    return observe(run, first_inputs(), progress)
 
 
 def calibrate(
     model: onnx.ModelProto,
     images: ImageSet,
     method: str,
-    preprocess: Preprocess,
+    preprocess: Preprocess | None,
     progress: Callable[[int], None] | None = None,
 ) -> CalibrationTable:
     """Observe the boundaries of the float graph and choose a scale for each.
@@ -77,5 +90,5 @@ def calibrate(
         onnx_sha256=hashlib.sha256(model.SerializeToString()).hexdigest(),
         data_sha256=images.to_json()["sha256"],
         image_count=images.count,
-        preprocess=preprocess.to_json(),
+        preprocess=preprocess.to_json() if preprocess else {},
     )

@@ -54,7 +54,32 @@ def build_parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("bundle", type=Path, help="a folder that `engine` made")
     verify.set_defaults(run=_run_verify)
+    inspect = commands.add_parser(
+        "inspect", parents=[common], help="say what a file is", epilog=_EPILOG
+    )
+    inspect.add_argument(
+        "file", type=Path, help="a checkpoint, an ONNX, a bundle, an engine, a calibration table"
+    )
+    inspect.set_defaults(run=_run_inspect)
+    _add_convert(
+        commands.add_parser(
+            "convert",
+            parents=[common],
+            help="write a checkpoint in other key names",
+            epilog=_EPILOG,
+        )
+    )
     return parser
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("file", type=Path, help="a checkpoint")
+    add("out", type=Path, help="the safetensors file to write")
+    add("--to", default="official", help="key names: official, timm (default: official)")
+    add("--form", help="train or deploy, fused if need be (default: the file's own)")
+    add("--force", action="store_true", help="replace OUT if it exists")
+    parser.set_defaults(run=_run_convert)
 
 
 def _add_engine(parser: argparse.ArgumentParser) -> None:
@@ -75,6 +100,8 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     add("--backend", default="auto", help="auto or tensorrt-rtx (default: auto)")
     add("--batch", metavar="MIN:OPT:MAX", help="batch profile (default: 1:8:32)")
     add("--image-size", metavar="N or HxW", help="pixels (default: the checkpoint's own, else 224)")
+    add("--dynamic-size", metavar="MIN:OPT:MAX",
+        help="leave height and width open, or each: MIN:OPT:MAXxMIN:OPT:MAX")  # fmt: skip
     add("--preprocess", metavar="FILE", help="imagenet, a JSON file or another bundle's manifest")
     add("--out", metavar="DIR", help="bundle folder (default: build/MODEL-PRECISION)")
     add("--skip-bad-images", action="store_true", help="leave unreadable images out and count them")
@@ -148,7 +175,45 @@ def _run_verify(options: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def _require_libraries() -> None:
+def _run_inspect(options: argparse.Namespace) -> int:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from exporter.inspection import inspect_file
+
+    inspection = inspect_file(options.file)
+    if options.json:
+        print(json.dumps(inspection.to_json(), allow_nan=False))
+        return EXIT_DONE
+    from rich.console import Console
+
+    from exporter.inspection.tables import tables
+
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    for table in tables(inspection):
+        console.print(table)
+    for note in inspection.notes:
+        print(f"note: {note}")
+    return EXIT_DONE
+
+
+def _run_convert(options: argparse.Namespace) -> int:
+    _require_libraries("torch", "safetensors")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from exporter.conversion import convert
+
+    done = convert(options.file, options.out, to=options.to, form=options.form, force=options.force)
+    if options.json:
+        print(json.dumps(done.to_json()))
+        return EXIT_DONE
+    if done.dropped and not options.quiet:
+        print(f"note: dropped {', '.join(done.dropped)}", file=sys.stderr)
+    print(
+        f"{done.path}: RepVGG-{done.variant}, {done.tensors} tensors, {done.source_format} "
+        f"{done.source_form} -> {done.format} {done.form}"
+    )
+    return EXIT_DONE
+
+
+def _require_libraries(*names: str) -> None:
     """Say which extra is missing before any work is done."""
     from importlib.util import find_spec
 
@@ -156,7 +221,7 @@ def _require_libraries() -> None:
 
     missing = [
         name
-        for name in ("torch", "onnx", "onnxruntime", "onnxsim", "safetensors")
+        for name in names or ("torch", "onnx", "onnxruntime", "onnxsim", "safetensors")
         if find_spec(name) is None
     ]
     if missing:
@@ -262,7 +327,7 @@ def _print_ledger(ledger: Ledger, title: str) -> None:
                 f"{figures.sqnr_db:.1f}",
                 f"{figures.max_abs:.3g}",
                 f"{figures.cosine:.6f}",
-                f"{100 * figures.top1_agreement:.2f} %",
+                "" if figures.top1_agreement is None else f"{100 * figures.top1_agreement:.2f} %",
             ]
         top = "" if row.top1 is None else f"{100 * row.top1:.2f} %"
         table.add_row(row.stage, row.status.replace("_", " "), *cells, top)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from calibration.table import CalibrationTable
 from exporter import bundle as files
 from exporter.bundle import BundleWriter
+from exporter.contract import ContractVerdict
 from exporter.engine import BuiltEngine
+from exporter.fused_blocks import Fused
 from exporter.inputs import Inputs
 from exporter.judge import Judge
+from exporter.network import Interface, multiply_accumulates
 from exporter.provenance import created, versions
 from exporter.spec import ExportSpec
-from models.fusion import BlockEquivalence
 
 REFERENCE_IMAGES = 8
 TENSORRT_CACHE_VERSION = "10.3.0"
@@ -34,8 +38,12 @@ def write_evidence(
     if table is not None:
         writer.write_text(files.CALIBRATION, table.dumps())
         writer.write_text(files.CALIBRATION_CACHE, table.to_cache_text(TENSORRT_CACHE_VERSION))
-    images = next(inputs.evaluation.batches())[:REFERENCE_IMAGES]
-    np.savez(writer.path(files.REFERENCE), images=images, logits=judge.original[: len(images)])
+    (sample, *_) = judge.samples(REFERENCE_IMAGES)
+    ports = inputs.interface
+    arrays = {port.name: array for port, array in zip(ports.inputs, sample, strict=True)}
+    for port in ports.outputs:
+        arrays[port.name] = judge.original[port.name][: len(sample[0])]
+    np.savez(writer.path(files.REFERENCE), **arrays)  # type: ignore[arg-type]
     writer.write_text(files.PARITY, files.dumps(judge.ledger.to_json()))
 
 
@@ -43,26 +51,26 @@ def manifest(
     spec: ExportSpec,
     inputs: Inputs,
     engine: BuiltEngine,
-    blocks: tuple[BlockEquivalence, ...],
+    *,
+    fused: Fused,
+    verdict: ContractVerdict,
     notes: tuple[str, ...],
 ) -> dict[str, Any]:
-    source = inputs.source
-    worst = max(blocks, key=lambda block: block.relative, default=None)
+    source, interface = inputs.source, inputs.interface
+    worst = max(fused.blocks, key=lambda block: block.relative, default=None)
     return {
         "created": created(),
-        "model": {
-            "variant": spec.variant.name,
-            "num_classes": source.module.num_classes,
-            "parameters": spec.variant.deploy_parameters(source.module.num_classes),
-            "macs": spec.variant.macs(inputs.preprocess.image_size, source.module.num_classes),
-        },
+        "model": _model(spec, inputs.interface, fused.module),
+        "inputs": [port.to_json() for port in interface.inputs],
+        "outputs": [port.to_json() for port in interface.outputs],
         "class_names": list(source.class_names) if source.class_names else None,
         "weights": source.origin,
         "calibration": inputs.calibration.to_json() if inputs.calibration else None,
         "evaluation": inputs.evaluation.to_json(),
-        "preprocess": inputs.preprocess.to_json(),
+        "preprocess": inputs.preprocess.to_json() if inputs.preprocess else None,
+        "contract": verdict.to_json(),
         "reparameterization": {
-            "blocks": len(blocks),
+            "blocks": [asdict(block) for block in fused.blocks],
             "worst_block": worst.name if worst else None,
             "worst_relative": worst.relative if worst else None,
         },
@@ -70,4 +78,24 @@ def manifest(
         "versions": versions(),
         "spec": spec.to_json(),
         "notes": list(notes),
+    }
+
+
+def _model(spec: ExportSpec, interface: Interface, module: nn.Module) -> dict[str, Any]:
+    variant, classes = spec.variant, interface.num_classes
+    if variant is not None and classes is not None:
+        (_, _, height, width) = interface.example[0]
+        parameters, macs = (
+            variant.deploy_parameters(classes),
+            variant.macs((height, width), classes),
+        )
+    else:
+        parameters = sum(parameter.numel() for parameter in module.parameters())
+        macs = multiply_accumulates(module, interface)
+    return {
+        "name": spec.title,
+        "variant": variant.name if variant else None,
+        "num_classes": classes,
+        "parameters": parameters,
+        "macs": macs,
     }

@@ -7,14 +7,36 @@ from typing import Any
 
 import onnx
 
-QUANTIZED_OPS = ("Conv", "Gemm")
+QUANTIZED_OPS = ("Conv", "Gemm", "MatMul")
 """The operators that have INT8 kernels."""
 
 
+def quantizable(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """The nodes that INT8 can compute: an activation times a constant weight.
+
+    A MatMul's weight is a matrix; a product of two activations, or with a stack of matrices, is not
+    among them.
+    """
+    ranks = {tensor.name: len(tensor.dims) for tensor in model.graph.initializer}
+    return [
+        node
+        for node in model.graph.node
+        if node.op_type in QUANTIZED_OPS
+        and node.input[0] not in ranks
+        and node.input[1] in ranks
+        and (node.op_type != "MatMul" or ranks[node.input[1]] == 2)
+    ]
+
+
 def boundary_tensors(model: onnx.ModelProto) -> tuple[str, ...]:
-    """What an INT8 kernel reads: the first input of every Conv and Gemm, in order, each once."""
-    names = (node.input[0] for node in model.graph.node if node.op_type in QUANTIZED_OPS)
-    return tuple(dict.fromkeys(names))
+    """What an INT8 kernel reads: the first input of these nodes, in order, each once."""
+    return tuple(dict.fromkeys(node.input[0] for node in quantizable(model)))
+
+
+def pointwise_convolutions(model: onnx.ModelProto) -> int:
+    """How many Conv nodes have a constant 1x1 kernel."""
+    kernels = {tensor.name: list(tensor.dims)[2:] for tensor in model.graph.initializer}
+    return sum(n.op_type == "Conv" and kernels.get(n.input[1]) == [1, 1] for n in model.graph.node)
 
 
 def attributes(node: onnx.NodeProto) -> dict[str, Any]:

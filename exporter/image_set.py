@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ import numpy.typing as npt
 
 from calibration.images import ImageDataError, ImageFolder, Preprocess, batches, unreadable
 from exporter.errors import InputError
-from exporter.onnx_runner import BATCH_SIZE, FloatArray
+from exporter.onnx_runner import BATCH_SIZE, Batch, FloatArray, Outputs, Runner
 
 LabelArray = npt.NDArray[np.int64]
 
@@ -31,8 +32,8 @@ class ImageSet(Protocol):
         """How many images there are."""
         ...
 
-    def batches(self) -> Iterator[FloatArray]:
-        """``[n, C, H, W]`` float32; raises InputError naming an image that cannot be read."""
+    def batches(self) -> Iterator[Batch]:
+        """Float32 arrays; raises InputError naming an image that cannot be read."""
         ...
 
     def labels(self, class_names: Sequence[str] | None, num_classes: int) -> LabelArray | None:
@@ -76,9 +77,10 @@ class FolderImages:
     def count(self) -> int:
         return len(self.folder.files)
 
-    def batches(self) -> Iterator[FloatArray]:
+    def batches(self) -> Iterator[Batch]:
         try:
-            yield from batches(self.folder, self.preprocess, BATCH_SIZE)
+            for images in batches(self.folder, self.preprocess, BATCH_SIZE):
+                yield (images,)
         except ImageDataError as error:
             raise InputError(f"{error}; --skip-bad-images leaves such files out") from error
 
@@ -106,18 +108,32 @@ class FolderImages:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArrayImages:
-    """Images that the caller of the Python API has already preprocessed, ``[N, C, H, W]``."""
+    """Inputs that the caller of the Python API has already preprocessed.
 
-    array: FloatArray
+    ``chunks`` may differ in height and width, where the network leaves these open.
+    """
+
+    chunks: tuple[Batch, ...]
     description: str = "arrays passed by the caller"
+
+    @classmethod
+    def of(cls, *inputs: FloatArray) -> ArrayImages:
+        """One array ``[N, ...]`` for each input of the network."""
+        return cls(chunks=(inputs,))
 
     @property
     def count(self) -> int:
-        return len(self.array)
+        return sum(len(chunk[0]) for chunk in self.chunks)
 
-    def batches(self) -> Iterator[FloatArray]:
-        for start in range(0, len(self.array), BATCH_SIZE):
-            yield self.array[start : start + BATCH_SIZE]
+    def batches(self) -> Iterator[Batch]:
+        for chunk in self._merged():
+            for start in range(0, len(chunk[0]), BATCH_SIZE):
+                yield tuple(array[start : start + BATCH_SIZE] for array in chunk)
+
+    def _merged(self) -> Iterator[Batch]:
+        """Neighbours of one size as one, so that batches do not depend on how they were passed."""
+        for _, group in itertools.groupby(self.chunks, key=_sizes):
+            yield tuple(np.concatenate(column) for column in zip(*group, strict=True))
 
     def labels(
         self,
@@ -127,15 +143,32 @@ class ArrayImages:
         return None
 
     def to_json(self) -> dict[str, Any]:
-        digest = hashlib.sha256(np.ascontiguousarray(self.array).tobytes()).hexdigest()
+        digest = hashlib.sha256()
+        for chunk in self._merged():
+            for array in chunk:
+                digest.update(np.ascontiguousarray(array).tobytes())
         return {
             "description": self.description,
             "images": self.count,
             "skipped": 0,
-            "sha256": digest,
+            "sha256": digest.hexdigest(),
         }
 
 
-def logits_of(run: Callable[[FloatArray], FloatArray], images: ImageSet) -> FloatArray:
-    """Run a network over a whole set: ``[count, num_classes]`` float32."""
-    return np.concatenate([run(batch) for batch in images.batches()])
+def _sizes(chunk: Batch) -> list[tuple[int, ...]]:
+    return [array.shape[1:] for array in chunk]
+
+
+def outputs_of(run: Runner, batches: Iterable[Batch]) -> Outputs:
+    """Run a network over all batches and join what it returns: each output ``[count, ...]``.
+
+    Batches of another size than the first have outputs of their own, ``NAME@HxW``.
+    """
+    found: dict[str, list[FloatArray]] = {}
+    own: list[tuple[int, ...]] = []
+    for batch in batches:
+        own = own or _sizes(batch)
+        mark = "" if own == _sizes(batch) else f"@{'x'.join(map(str, batch[0].shape[2:]))}"
+        for name, values in run(batch).items():
+            found.setdefault(f"{name}{mark}", []).append(values)
+    return {name: np.concatenate(values) for name, values in found.items()}

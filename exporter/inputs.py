@@ -9,6 +9,7 @@ from pathlib import Path
 from calibration.images import Preprocess
 from exporter.errors import InputError
 from exporter.image_set import FolderImages, ImageSet
+from exporter.network import Interface, classifier_interface
 from exporter.source import Source, load_network
 from exporter.spec import RANDOM, ExportSpec, Precision
 from models.registry import BundledWeights, bundled_weights
@@ -16,42 +17,46 @@ from models.registry import BundledWeights, bundled_weights
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """The trained network and every image that the run looks at."""
+    """The trained network and every image that the run looks at.
+
+    ``preprocess`` is None where the network's input is no image ``[N, 3, H, W]``.
+    """
 
     source: Source
-    preprocess: Preprocess
+    interface: Interface
+    preprocess: Preprocess | None
     evaluation: ImageSet
     calibration: ImageSet | None
     notes: tuple[str, ...] = ()
 
 
 def prepare(
-    spec: ExportSpec, source: Source | None = None, calibration: ImageSet | None = None
+    spec: ExportSpec,
+    source: Source | None = None,
+    calibration: ImageSet | None = None,
+    evaluation: ImageSet | None = None,
 ) -> Inputs:
     """Load the network and find the images that ``spec`` names.
 
-    ``source`` and ``calibration`` replace what would be loaded; parity is then measured on
-    ``calibration`` too, unless ``spec`` names an evaluation folder.
+    ``source``, ``calibration`` and ``evaluation`` replace what would be loaded; without evaluation
+    images parity is measured on ``calibration``.
     """
     source = source or load_network(spec)
     preprocess = choose_preprocess(spec, source)
+    notes: tuple[str, ...] = ()
+    arrays_note = (
+        "parity is measured on the calibration arrays, which the caller preprocessed; the "
+        "manifest's preprocess is only what was passed as such"
+    )
+    if evaluation is None and calibration is not None and spec.evaluation is None:
+        evaluation, notes = calibration, (arrays_note,)
     if calibration is None and spec.precision is Precision.INT8:
-        calibration = calibration_images(spec, source, preprocess)
-    elif calibration is not None and spec.evaluation is None:
-        note = (
-            "parity is measured on the calibration arrays, which the caller preprocessed; the "
-            "manifest's preprocess is only what was passed as such"
-        )
-        return Inputs(
-            source=source,
-            preprocess=preprocess,
-            evaluation=calibration,
-            calibration=calibration,
-            notes=(note,),
-        )
-    evaluation, notes = evaluation_images(spec, source, preprocess)
+        calibration = calibration_images(spec, source, _required(preprocess, "calibration"))
+    if evaluation is None:
+        evaluation, notes = evaluation_images(spec, source, _required(preprocess, "evaluation"))
     return Inputs(
         source=source,
+        interface=source.interface or _variant_interface(spec, source, preprocess),
         preprocess=preprocess,
         evaluation=evaluation,
         calibration=calibration,
@@ -59,12 +64,35 @@ def prepare(
     )
 
 
-def choose_preprocess(spec: ExportSpec, source: Source) -> Preprocess:
+def _variant_interface(
+    spec: ExportSpec, source: Source, preprocess: Preprocess | None
+) -> Interface:
+    size = _required(preprocess, "calibration").image_size
+    return classifier_interface(size, source.origin["num_classes"], spec.dynamic_size)
+
+
+def _required(preprocess: Preprocess | None, what: str) -> Preprocess:
+    if preprocess is None:
+        raise InputError(
+            f"the network's inputs are not one image [N, 3, H, W]: pass {what}= arrays, a tuple of "
+            "them for several inputs"
+        )
+    return preprocess
+
+
+def choose_preprocess(spec: ExportSpec, source: Source) -> Preprocess | None:
     """The user's preprocessing, else the checkpoint's own, else ImageNet's; ``image_size`` wins.
+
+    None for a network that takes no single image.
 
     Raises:
         InputError: if the preprocessing file is missing or wrong.
     """
+    size = spec.image_size
+    if source.interface is not None:
+        size = source.interface.image_size
+        if size is None:
+            return None
     if spec.preprocess is None:
         chosen = source.preprocess or Preprocess()
     elif spec.preprocess == "imagenet":
@@ -76,7 +104,10 @@ def choose_preprocess(spec: ExportSpec, source: Source) -> Preprocess:
             chosen = Preprocess.from_json(data.get("preprocess", data))
         except (OSError, ValueError, AttributeError) as error:
             raise InputError(f"preprocess file {path} cannot be used: {error}") from error
-    return replace(chosen, image_size=spec.image_size) if spec.image_size else chosen
+    dynamic = spec.dynamic_size
+    if size is None and dynamic is not None:
+        size = (dynamic.height[1], dynamic.width[1])
+    return replace(chosen, image_size=size) if size else chosen
 
 
 def calibration_images(spec: ExportSpec, source: Source, preprocess: Preprocess) -> FolderImages:

@@ -1,54 +1,116 @@
-"""Runs every stage on the same images and holds its logits against the original network's."""
+"""Runs every stage on the same images and holds its outputs against the original network's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
+import itertools
+from collections.abc import Iterator
 
 from exporter import parity
 from exporter.errors import GateFailedError
-from exporter.image_set import ImageSet, LabelArray, logits_of
-from exporter.onnx_runner import FloatArray
+from exporter.image_set import ImageSet, LabelArray, outputs_of
+from exporter.network import Interface, resized, torch_runner
+from exporter.onnx_runner import BATCH_SIZE, Batch, Outputs, Runner
 from exporter.parity import Gate, Ledger
 from exporter.source import Source
+from exporter.spec import ExportSpec
+
+MAX_OUTPUT_BYTES = 256 << 20
+"""Of the original's outputs that are kept to compare with; large feature maps need fewer images."""
 
 
 class Judge:
-    """Holds the original's logits and the ledger; refuses a stage that fails its gate."""
+    """Holds the original's outputs and the ledger; refuses a stage that fails its gate.
 
-    def __init__(self, source: Source, images: ImageSet) -> None:
-        self.images = images
-        self.labels: LabelArray | None = self.images.labels(
-            source.class_names, source.module.num_classes
-        )
-        self.original = logits_of(torch_runner(source.module), self.images)
+    With a dynamic size the first batch is compared at the profile's smallest and largest size too.
+    """
+
+    def __init__(
+        self, spec: ExportSpec, source: Source, images: ImageSet, interface: Interface
+    ) -> None:
+        self._images = images
+        self._spec = spec
+        self._interface = interface
+        self._count = images.count
+        run = torch_runner(source.module, interface)
+        first = run(self.first_batch())
+        image_bytes = sum(values[:1].nbytes for values in first.values())
+        self._limit: int | None = None
+        if self._count * image_bytes > MAX_OUTPUT_BYTES:
+            self._limit = max(1, MAX_OUTPUT_BYTES // (image_bytes * BATCH_SIZE))
+            self._count = sum(len(batch[0]) for batch in self._own_batches())
+        self.original: Outputs = outputs_of(run, self.batches())
+        self.labels: LabelArray | None = None
+        if interface.num_classes is not None:
+            labels = images.labels(source.class_names, interface.num_classes)
+            self.labels = labels if labels is None else labels[: self._count]
+        logits = next(iter(self.original.values()))
         self.ledger = Ledger(
             stages=(),
-            images=self.images.description,
-            image_count=self.images.count,
-            original_top1=parity.accuracy(self.original, self.labels),
+            images=images.description,
+            image_count=self._count,
+            original_top1=parity.accuracy(logits, self.labels),
         )
 
-    def check(
-        self, stage: str, run: Callable[[FloatArray], FloatArray], gate: Gate | None = None
-    ) -> None:
-        logits = logits_of(run, self.images)
-        result = parity.judge(stage, self.original, logits, gate=gate, labels=self.labels)
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know about the comparison."""
+        if self._count == self._images.count:
+            return ()
+        return (
+            f"parity is measured on the first {self._count} of {self._images.count} images, "
+            f"because the network's outputs are large",
+        )
+
+    def first_batch(self) -> Batch:
+        """A few of the images."""
+        return next(self._images.batches())
+
+    def batches(self) -> Iterator[Batch]:
+        """Everything that each stage is run on."""
+        yield from self._own_batches()
+        for sides in self._further_sizes():
+            yield resized(self.first_batch(), sides, self._interface)
+
+    def _own_batches(self) -> Iterator[Batch]:
+        return itertools.islice(self._images.batches(), self._limit)
+
+    def samples(self, count: int) -> list[Batch]:
+        """The first ``count`` images, in each size."""
+        batch = tuple(array[:count] for array in self.first_batch())
+        return [batch, *(resized(batch, sides, self._interface) for sides in self._further_sizes())]
+
+    def _further_sizes(self) -> list[tuple[int, int]]:
+        size = self._spec.dynamic_size
+        if size is None:
+            return []
+        own = next(shape[2:] for shape in self._interface.example if len(shape) == 4)
+        ends = [(size.height[end], size.width[end]) for end in (0, 2)]
+        return [end for end in dict.fromkeys(ends) if end != own]
+
+    def check(self, stage: str, run: Runner, gate: Gate | None = None) -> None:
+        """Run a stage on all images and add its row to the ledger.
+
+        Raises:
+            GateFailedError: if it fails its gate.
+        """
+        result = parity.judge_outputs(
+            stage,
+            self.original,
+            outputs_of(run, self.batches()),
+            gate=gate,
+            labels=self.labels,
+            classifier=self._interface.num_classes is not None,
+        )
         self.ledger = self.ledger.with_stage(result)
         if result.status == "fail":
+            frozen = stage == "onnx" and self._spec.variant is None
+            advice = (
+                "; tracing freezes what Python computes from shapes or values" if frozen else ""
+            )
             raise GateFailedError(
-                f"parity failed at stage {stage}: {result.reason}; nothing was published"
+                f"parity failed at stage {stage}: {result.reason}{advice}; nothing was published"
             )
 
     def skip(self, stage: str, reason: str) -> None:
+        """Add a row for a stage that did not run."""
         self.ledger = self.ledger.with_stage(parity.not_run(stage, reason))
-
-
-def torch_runner(module: torch.nn.Module) -> Callable[[FloatArray], FloatArray]:
-    def run_module(images: FloatArray) -> FloatArray:
-        with torch.no_grad():
-            logits: FloatArray = module(torch.from_numpy(images)).numpy()
-        return logits
-
-    return run_module

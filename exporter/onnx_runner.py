@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +15,21 @@ if TYPE_CHECKING:
     import onnx
 
 FloatArray = npt.NDArray[np.float32]
+Batch = tuple[FloatArray, ...]
+"""One array ``[n, ...]`` for each input of a network, in its order, of the same ``n`` images."""
+
+Outputs = dict[str, FloatArray]
+"""Each output of a network by name, in its order: ``[n, ...]``."""
+
+Runner = Callable[[Batch], Outputs]
 BATCH_SIZE = 16
 """Images a step where the caller does not care; bounds the memory of intermediate tensors."""
 
 
 class OnnxRunner:
-    """One graph with one image input, ready to run.
+    """One graph, ready to run.
 
-    ``model`` is a file or a graph in memory. ``outputs`` names further tensors of the graph that
-    :meth:`run_all` returns beside its outputs. ``optimize=False`` turns graph optimizations off:
+    ``model`` is a file or a graph in memory. ``optimize=False`` turns graph optimizations off:
     ONNX Runtime 1.32 computes wrong results on quantized graphs with half scales at its default
     level, so a graph that holds half tensors is judged without them.
     """
@@ -45,20 +51,23 @@ class OnnxRunner:
                 f"ONNX Runtime refuses the graph: {_first_line(error)}"
             ) from error
         self.output_names = [output.name for output in self._session.get_outputs()]
-        self.input_name: str = self._session.get_inputs()[0].name
+        self.input_names = [value.name for value in self._session.get_inputs()]
 
-    def __call__(self, images: FloatArray) -> FloatArray:
-        """``[N, C, H, W]`` float32 to the first output, usually logits ``[N, num_classes]``."""
-        chunks = [self._run(self.output_names[:1], chunk)[0] for chunk in _chunks(images)]
-        return np.concatenate(chunks)
+    def __call__(self, *inputs: FloatArray) -> FloatArray:
+        """``[N, ...]`` float32 a graph input to its first output, usually the only one."""
+        return self.run(inputs)[self.output_names[0]]
 
-    def run_all(self, images: FloatArray) -> dict[str, FloatArray]:
-        """All outputs by name, in one step."""
-        return dict(zip(self.output_names, self._run(self.output_names, images), strict=True))
+    def run(self, batch: Batch) -> Outputs:
+        """All outputs by name, computed at most ``BATCH_SIZE`` images a step."""
+        chunks = [self._step(chunk) for chunk in _chunks(batch)]
+        columns = zip(*chunks, strict=True)
+        values = [column[0] if len(column) == 1 else np.concatenate(column) for column in columns]
+        return dict(zip(self.output_names, values, strict=True))
 
-    def _run(self, names: list[str], images: FloatArray) -> list[FloatArray]:
+    def _step(self, batch: Batch) -> list[FloatArray]:
         try:
-            values: list[FloatArray] = self._session.run(names, {self.input_name: images})
+            feed = dict(zip(self.input_names, batch, strict=True))
+            values: list[FloatArray] = self._session.run(self.output_names, feed)
         except Exception as error:
             # As above.
             raise GateFailedError(
@@ -67,9 +76,19 @@ class OnnxRunner:
         return values
 
 
-def _chunks(images: FloatArray) -> Iterator[FloatArray]:
-    for start in range(0, len(images), BATCH_SIZE):
-        yield images[start : start + BATCH_SIZE]
+def _chunks(batch: Batch) -> Iterator[Batch]:
+    for start in range(0, len(batch[0]), BATCH_SIZE):
+        yield tuple(array[start : start + BATCH_SIZE] for array in batch)
+
+
+def fits(array: FloatArray, extents: Sequence[int | str]) -> bool:
+    """Whether ``array`` is float32 ``[N, *extents]``; a word stands for any extent."""
+    found = array.shape[1:]
+    return (
+        array.dtype == np.float32
+        and array.ndim == len(extents) + 1
+        and all(isinstance(e, str) or e == f for e, f in zip(extents, found, strict=True))
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -1,13 +1,15 @@
 """The stage ledger: does every step still compute what was trained?
 
-Every stage's logits are compared with those of the original module on the same real images. With
-reference r and output y over all images and classes::
+Every stage's outputs are compared with those of the original module on the same real images. With
+reference r and output y over all images and all values of one output::
 
-    max_abs   = max |r - y|                      in logits
+    max_abs   = max |r - y|                      in the output's units
     relative  = max_abs / (max r - min r)        infinite if all r are equal and y is not r
     SQNR      = 10 log10( sum r^2 / sum (r - y)^2 )   in dB, at most 200 (bit-identical)
     cosine    = r.y / (|r| |y|)
-    top-1 agreement = fraction of images with the same arg max
+    top-1 agreement = fraction of images with the same arg max; classifiers only
+
+Where there are several outputs, each must pass, and the stage's figures are those of the worst.
 
 Where the gates come from:
 
@@ -25,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -44,7 +46,12 @@ class Comparison:
     relative: float
     sqnr_db: float
     cosine: float
-    top1_agreement: float
+    top1_agreement: float | None
+
+    def to_json(self) -> dict[str, float | None]:
+        """The figures; JSON has no infinity, as ``relative`` is where the reference is constant."""
+        figures = asdict(self)
+        return {k: v if v is not None and math.isfinite(v) else None for k, v in figures.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,17 +67,14 @@ class Gate:
         found = []
         if self.max_relative is not None and not comparison.relative <= self.max_relative:
             found.append(
-                f"largest difference is {comparison.relative:.2g} of the logits' range, "
+                f"largest difference is {comparison.relative:.2g} of the output's range, "
                 f"allowed {self.max_relative:g}"
             )
         if self.min_sqnr_db is not None and not comparison.sqnr_db >= self.min_sqnr_db:
             found.append(f"SQNR is {comparison.sqnr_db:.1f} dB, required {self.min_sqnr_db:g} dB")
-        wanted = self.min_top1_agreement
-        if wanted is not None and not comparison.top1_agreement >= wanted:
-            found.append(
-                f"top-1 agreement is {100 * comparison.top1_agreement:.1f} %, "
-                f"required {100 * wanted:g} %"
-            )
+        wanted, agreement = self.min_top1_agreement, comparison.top1_agreement
+        if wanted is not None and agreement is not None and not agreement >= wanted:
+            found.append(f"top-1 agreement is {100 * agreement:.1f} %, required {100 * wanted:g} %")
         return found
 
     def to_json(self) -> dict[str, float]:
@@ -96,7 +100,10 @@ Measured on A0 to B3: 17 to 24 dB. Below 10 dB something is broken."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageResult:
-    """One row of the ledger. ``top1`` is the accuracy (0 to 1) where labels exist."""
+    """One row of the ledger. ``top1`` is the accuracy (0 to 1) where labels exist.
+
+    ``outputs`` holds every output's figures where there are several; ``comparison`` is the worst.
+    """
 
     stage: str
     status: str
@@ -105,13 +112,13 @@ class StageResult:
     comparison: Comparison | None = None
     gate: Gate = Gate()
     top1: float | None = None
+    outputs: Mapping[str, Comparison] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The row as parity.json holds it; figures are null where nothing was compared."""
-        figures = asdict(self.comparison) if self.comparison else {}
+        figures = self.comparison.to_json() if self.comparison else {}
         keys = ("max_abs", "relative", "sqnr_db", "cosine", "top1_agreement")
-        # JSON has no infinity: relative is infinite where all reference logits are equal.
-        figures = {key: value for key, value in figures.items() if math.isfinite(value)}
+        breakdown = {name: comparison.to_json() for name, comparison in self.outputs.items()}
         return {
             "stage": self.stage,
             "reference": self.reference,
@@ -120,6 +127,7 @@ class StageResult:
             **{key: figures.get(key) for key in keys},
             "top1": self.top1,
             "tolerance": self.gate.to_json(),
+            **({"outputs": breakdown} if breakdown else {}),
         }
 
 
@@ -159,8 +167,8 @@ class Ledger:
         }
 
 
-def compare(reference: FloatArray, output: FloatArray) -> Comparison:
-    """Compare logits ``[N, num_classes]``, both finite, of one shape."""
+def compare(reference: FloatArray, output: FloatArray, *, classifier: bool = True) -> Comparison:
+    """Compare two outputs ``[N, ...]``, both finite, of one shape; a classifier's are logits."""
     r, y = reference.astype(np.float64), output.astype(np.float64)
     difference = r - y
     max_abs = float(np.max(np.abs(difference)))
@@ -173,7 +181,9 @@ def compare(reference: FloatArray, output: FloatArray) -> Comparison:
         relative=max_abs / span if span > 0 else (0.0 if max_abs == 0 else math.inf),
         sqnr_db=_decibel(signal, noise),
         cosine=min(1.0, max(-1.0, cosine)),
-        top1_agreement=float(np.mean(r.argmax(axis=1) == y.argmax(axis=1))),
+        top1_agreement=(
+            float(np.mean(r.argmax(axis=1) == y.argmax(axis=1))) if classifier else None
+        ),
     )
 
 
@@ -192,12 +202,15 @@ def judge(
     *,
     gate: Gate | None = None,
     labels: npt.NDArray[np.int64] | None = None,
+    classifier: bool = True,
 ) -> StageResult:
-    """Compare one stage's logits with the original's and pass or fail it.
+    """Compare one stage's output with the original's and pass or fail it.
 
-    ``labels`` is ``[N]`` class indices, for the accuracy. ``gate`` defaults to the stage's own.
+    A ``classifier``'s outputs are logits ``[N, num_classes]``; ``labels`` is ``[N]`` class indices,
+    for its accuracy. ``gate`` defaults to the stage's own.
     """
     gate = GATES[stage] if gate is None else gate
+    gate = gate if classifier else replace(gate, min_top1_agreement=None)
     if output.shape != reference.shape:
         reason = f"output shape is {list(output.shape)}, expected {list(reference.shape)}"
         return StageResult(stage=stage, status="fail", reason=reason, gate=gate)
@@ -206,7 +219,7 @@ def judge(
         if bad:
             reason = f"{bad} {what} {values.size} outputs are NaN or Inf"
             return StageResult(stage=stage, status="fail", reason=reason, gate=gate)
-    comparison = compare(reference, output)
+    comparison = compare(reference, output, classifier=classifier)
     violations = gate.violations(comparison)
     return StageResult(
         stage=stage,
@@ -216,6 +229,46 @@ def judge(
         gate=gate,
         top1=accuracy(output, labels),
     )
+
+
+def judge_outputs(
+    stage: str,
+    reference: Mapping[str, FloatArray],
+    outputs: Mapping[str, FloatArray],
+    *,
+    gate: Gate | None = None,
+    labels: npt.NDArray[np.int64] | None = None,
+    classifier: bool = True,
+) -> StageResult:
+    """:func:`judge` every output; with several, the worst speaks for the stage.
+
+    ``labels`` belong to the first output.
+    """
+    if reference.keys() != outputs.keys():
+        odd = ", ".join(sorted(reference.keys() ^ outputs.keys()))
+        reason = f"the outputs are not the original's: {odd}"
+        return StageResult(stage=stage, status="fail", reason=reason, gate=gate or GATES[stage])
+    rows: dict[str, StageResult] = {}
+    for name, expected in reference.items():
+        own_labels = labels if classifier and not rows else None
+        rows[name] = judge(
+            stage, expected, outputs[name], gate=gate, labels=own_labels, classifier=classifier
+        )
+    if len(rows) == 1:
+        return next(iter(rows.values()))
+    worst = min(rows, key=lambda name: _rank(rows[name]))
+    words = rows[worst].reason
+    return replace(
+        rows[worst],
+        reason=f"output {worst}: {words}" if words else None,
+        top1=next(iter(rows.values())).top1,
+        outputs={name: row.comparison for name, row in rows.items() if row.comparison},
+    )
+
+
+def _rank(row: StageResult) -> tuple[bool, float]:
+    """Failures first, what could not be compared before the rest, then by SQNR."""
+    return row.status != "fail", row.comparison.sqnr_db if row.comparison else -math.inf
 
 
 def not_run(stage: str, reason: str) -> StageResult:

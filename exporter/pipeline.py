@@ -1,8 +1,8 @@
 """The road from a spec to a published bundle: the only place that knows the order of the stages.
 
 load -> reparameterize -> export -> simplify -> contract -> [calibrate -> Q/DQ | half] -> engine
--> publish. After each of them the ledger compares its logits with the original network's; the first
-failed gate ends the run and nothing is published.
+-> publish. After each of them the ledger compares its outputs with the original network's; the
+first failed gate ends the run and nothing is published.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import onnx
-import torch
+from torch import nn
 
 from calibration.table import CalibrationTable
 from exporter import bundle as files
 from exporter import contract, parity, report
 from exporter.bundle import Bundle, BundleWriter
 from exporter.calibrator import calibrate
+from exporter.contract import ContractVerdict
 from exporter.engine import (
     Backend,
     BuildRequest,
@@ -32,9 +33,12 @@ from exporter.engine import (
 )
 from exporter.errors import InputError
 from exporter.evidence import manifest, write_evidence
+from exporter.fused_blocks import Fused, expected_blocks, fuse
+from exporter.graph import pointwise_convolutions, quantizable
 from exporter.inputs import Inputs, prepare
-from exporter.judge import Judge, torch_runner
-from exporter.onnx_export import export_onnx
+from exporter.judge import Judge
+from exporter.network import torch_runner
+from exporter.onnx_export import export_network, export_onnx
 from exporter.onnx_runner import OnnxRunner
 from exporter.parity import Gate, Ledger
 from exporter.precision import largest_magnitudes, require_half_range, to_half
@@ -42,8 +46,8 @@ from exporter.quantize import quantize
 from exporter.simplify import simplify
 from exporter.source import Source
 from exporter.spec import RANDOM, ExportSpec, Precision
-from models.fusion import BlockEquivalence, block_equivalence, reparameterize
 from models.repvgg import RepVGG
+from models.variants import Squeeze
 
 Progress = Callable[[str, float], None]
 """Called with a stage's name and the fraction of it that is done, 0 to 1."""
@@ -106,9 +110,9 @@ def run(
         with clock.stage("load"):
             inputs = inputs or prepare(spec)
         with clock.stage("reparameterize"):
-            judge = Judge(inputs.source, inputs.evaluation)
-            fused, blocks = _reparameterize(inputs.source, judge)
-        model = _export(spec, inputs, fused, judge, clock)
+            judge = Judge(spec, inputs.source, inputs.evaluation, inputs.interface)
+            fused = _reparameterize(inputs, judge)
+        model, verdict = _export(spec, inputs, fused.module, judge, clock)
         onnx.save(model, writer.path(files.MODEL))
         graph, table = _apply_precision(spec, inputs, model, judge, clock)
         graph_path = writer.path(files.MODEL)
@@ -120,15 +124,16 @@ def run(
             precision=spec.precision,
             targets=targets,
             batch=spec.batch,
+            size=spec.dynamic_size,
             workspace_mib=spec.workspace_mib,
         )
         with clock.stage("engine") as advance:
-            engine = _build(backend, request, len(spec.variant.layers), advance)
+            engine = _build(backend, request, model, advance)
         judge.skip("engine", engine_not_run_reason())
         with clock.stage("publish"):
-            notes = inputs.source.notes + inputs.notes
+            notes = inputs.source.notes + inputs.notes + fused.notes + judge.notes
             write_evidence(writer, inputs, judge, engine, table)
-            document = manifest(spec, inputs, engine, blocks, notes)
+            document = manifest(spec, inputs, engine, fused=fused, verdict=verdict, notes=notes)
             report.write(writer, document, judge.ledger, engine.summary.to_json(), clock.seconds)
             published = writer.publish(document)
     return ExportResult(
@@ -140,36 +145,46 @@ def run(
     )
 
 
-def _reparameterize(source: Source, judge: Judge) -> tuple[RepVGG, tuple[BlockEquivalence, ...]]:
+def _reparameterize(inputs: Inputs, judge: Judge) -> Fused:
+    source = inputs.source
     if source.form == "deploy":
         judge.skip("reparameterized", "the checkpoint is already in deploy form")
-        return source.module, ()
-    try:
-        fused = reparameterize(source.module)
-    except ValueError as error:
-        raise InputError(f"the network cannot be reparameterized: {error}") from error
-    sample = torch.from_numpy(next(judge.images.batches()))
-    blocks = block_equivalence(source.module, fused, sample)
-    judge.check("reparameterized", torch_runner(fused))
-    return fused, blocks  # type: ignore[return-value]
+        return Fused(module=source.module)
+    fused = fuse(source.module, judge.first_batch())
+    judge.check("reparameterized", torch_runner(fused.module, inputs.interface))
+    return fused
 
 
 def _export(
-    spec: ExportSpec, inputs: Inputs, fused: RepVGG, judge: Judge, clock: _Clock
-) -> onnx.ModelProto:
+    spec: ExportSpec, inputs: Inputs, fused: nn.Module, judge: Judge, clock: _Clock
+) -> tuple[onnx.ModelProto, ContractVerdict]:
+    preprocess = inputs.preprocess
     metadata = {
-        "variant": spec.variant.name,
+        "variant": spec.variant.name if spec.variant else spec.title,
         "weights_sha256": str(inputs.source.origin.get("sha256")),
-        "preprocess": files.dumps(inputs.preprocess.to_json()),
+        "preprocess": files.dumps(preprocess.to_json() if preprocess else None),
     }
+    plain = fused if isinstance(fused, RepVGG) and _is_plain(spec) else None
     with clock.stage("export"):
-        model = export_onnx(fused, inputs.preprocess.image_size, metadata)
-        judge.check("onnx", OnnxRunner(model))
+        if plain is not None:
+            (_, _, height, width) = inputs.interface.example[0]
+            free_size = spec.dynamic_size is not None
+            model = export_onnx(plain, (height, width), metadata, free_size=free_size)
+        else:
+            model = export_network(fused, inputs.interface, spec.title, metadata)
+        judge.check("onnx", OnnxRunner(model).run)
     with clock.stage("simplify"):
-        model = simplify(model, next(judge.images.batches())[:SIMPLIFY_SAMPLE])
-        judge.check("simplified", OnnxRunner(model))
-        contract.require(model, spec.variant, fused.num_classes)
-    return model
+        model = simplify(model, judge.samples(SIMPLIFY_SAMPLE))
+        judge.check("simplified", OnnxRunner(model).run)
+        if plain is not None:
+            verdict = contract.require(model, plain.variant, plain.num_classes)
+        else:
+            verdict = contract.require_blocks(model, expected_blocks(fused), spec.title)
+    return model, verdict
+
+
+def _is_plain(spec: ExportSpec) -> bool:
+    return spec.variant is not None and spec.variant.squeeze is Squeeze.NONE
 
 
 def _apply_precision(
@@ -181,9 +196,9 @@ def _apply_precision(
     gate = _precision_gate(spec, inputs.source)
     if spec.precision is Precision.FP16:
         with clock.stage("half"):
-            require_half_range(largest_magnitudes(model, judge.images.batches()))
+            require_half_range(largest_magnitudes(model, judge.batches()))
             graph = to_half(model)
-            judge.check("fp16", OnnxRunner(graph, optimize=False), gate)
+            judge.check("fp16", OnnxRunner(graph, optimize=False).run, gate)
         return graph, None
     images = inputs.calibration
     if images is None:
@@ -198,7 +213,7 @@ def _apply_precision(
         )
     with clock.stage("quantize"):
         graph = quantize(model, table)
-        judge.check("int8", OnnxRunner(graph), gate)
+        judge.check("int8", OnnxRunner(graph).run, gate)
     return graph, table
 
 
@@ -214,8 +229,20 @@ def _precision_gate(spec: ExportSpec, source: Source) -> Gate:
 
 
 def _build(
-    backend: Backend, request: BuildRequest, convolutions: int, advance: Callable[[float], None]
+    backend: Backend,
+    request: BuildRequest,
+    model: onnx.ModelProto,
+    advance: Callable[[float], None],
 ) -> BuiltEngine:
+    """The engine of ``request``; ``model`` is the float graph whose convolutions it must have."""
     engine = backend.build(request, lambda _phase, fraction: advance(fraction))
-    check_engine(engine.summary, request.precision, convolutions)
+    convolutions = sum(node.op_type == "Conv" for node in model.graph.node)
+    constant = sum(node.op_type == "Conv" for node in quantizable(model))
+    check_engine(
+        engine.summary,
+        request.precision,
+        convolutions,
+        computed_weights=convolutions - constant,
+        pointwise=pointwise_convolutions(model),
+    )
     return engine

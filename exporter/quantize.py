@@ -1,14 +1,15 @@
 """Float graph + calibration table -> explicit Q/DQ graph.
 
 ONNX operators QuantizeLinear and DequantizeLinear (opset 13 and later). In front of every quantized
-Conv or Gemm the activation goes through ``DQ(Q(x))`` with one scale for the tensor, and the weight
-is stored as INT8 and dequantized per output channel::
+Conv, Gemm or MatMul the activation goes through ``DQ(Q(x))`` with one scale for the tensor, and the
+weight is stored as INT8 and dequantized per output channel::
 
     x^ = s_x clip(round(x / s_x), -128, 127)        W^_o = s_w,o W_int8,o
 
 There is nothing between Conv and Relu, so that an engine can fuse them. The activation's scale and
 zero point are 0-d scalars: with shape ``[1]`` TensorRT-RTX builds the same graph and runs no
-convolution in INT8. Biases stay float32.
+convolution in INT8. Biases stay float32, and so does every other operator (ConvTranspose, Add,
+Concat, Resize, ...). A tensor that several nodes read is quantized once.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from onnx import helper, numpy_helper
 from calibration.table import CalibrationTable
 from calibration.threshold import quantize_weights, weight_scales
 from exporter.errors import InputError
-from exporter.graph import QUANTIZED_OPS, attributes
+from exporter.graph import attributes, quantizable
 
 
 def quantize(
@@ -36,10 +37,10 @@ def quantize(
         InputError: if ``keep_float`` names no Conv or Gemm of the graph, or the table has no scale
             for a tensor that needs one.
     """
-    candidates = {node.name for node in model.graph.node if node.op_type in QUANTIZED_OPS}
-    unknown = sorted(set(keep_float) - candidates)
+    candidates = {node.output[0]: node.name for node in quantizable(model)}
+    unknown = sorted(set(keep_float) - set(candidates.values()))
     if unknown:
-        known = ", ".join(sorted(candidates))
+        known = ", ".join(sorted(candidates.values()))
         raise InputError(f"no Conv or Gemm is called {', '.join(unknown)}; known: {known}")
     quantized = onnx.ModelProto()
     quantized.CopyFrom(model)
@@ -48,7 +49,7 @@ def quantize(
     nodes: list[onnx.NodeProto] = []
     dequantized: set[str] = set()
     for node in quantized.graph.node:
-        if node.op_type in QUANTIZED_OPS and node.name not in keep_float:
+        if node.output[0] in candidates and node.name not in keep_float:
             source, weight = node.input[0], node.input[1]
             if source not in dequantized:
                 nodes += _activation_nodes(source, table, initializers)

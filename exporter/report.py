@@ -70,13 +70,16 @@ def write(
     seconds: Mapping[str, float],
 ) -> None:
     """Add junit.xml and report.html to a bundle."""
-    suite = f"repvgg.{manifest['spec']['variant']}.{manifest['spec']['precision']}"
+    spec = manifest["spec"]
+    suite = f"repvgg.{spec['variant'] or spec['name']}.{spec['precision']}"
     writer.write_text(files.JUNIT, junit_xml(ledger, suite))
     writer.write_text(files.REPORT, html(manifest, ledger, engine, seconds))
 
 
 def _command(spec: Mapping[str, Any]) -> str:
     """The command line that makes this bundle again; options at their defaults are left out."""
+    if spec["weights"] == "module":
+        return f"exporter.export({spec['name']}(...), precision={spec['precision']!r}, ...)"
     words = ["repvgg-export", "engine", spec["variant"], "--precision", spec["precision"]]
     options = {
         "weights": "--weights",
@@ -88,6 +91,7 @@ def _command(spec: Mapping[str, Any]) -> str:
         "min_agreement": "--min-agreement",
         "batch": "--batch",
         "recipe": "--recipe",
+        "dynamic_size": "--dynamic-size",
         "out": "--out",
     }
     for key, option in options.items():

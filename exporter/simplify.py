@@ -2,8 +2,8 @@
 
 The simplifier is native code: it runs in a process of its own, with a time limit. Its result is
 accepted only if it has the same inputs and outputs, passes onnx's checker and computes the same on
-``sample``. Names and metadata are the input's: onnxsim stores equal tensors once and writes a diary
-into the metadata, both of which are undone.
+the samples. Names and metadata are the input's: onnxsim stores equal tensors once and writes a
+diary into the metadata, both of which are undone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 
 from exporter.errors import EnvironmentLackError, GateFailedError
-from exporter.onnx_runner import FloatArray, OnnxRunner
+from exporter.onnx_runner import Batch, FloatArray, OnnxRunner
 
 # The current directory is taken off the path, because its files could shadow the libraries.
 _PROGRAM = """
@@ -32,20 +32,21 @@ onnx.save(model, sys.argv[2])
 """
 SIMPLIFIER = (sys.executable, "-c", _PROGRAM)
 MAX_RELATIVE_ERROR = 1e-4
-"""Of the logits' range: both graphs are float32 and differ at most in the order of additions."""
+"""Of an output's range: both graphs are float32 and differ at most in the order of additions."""
 
 
 def simplify(
     model: onnx.ModelProto,
-    sample: FloatArray,
+    samples: Sequence[Batch],
     *,
     timeout_s: float = 300.0,
     command: Sequence[str] = SIMPLIFIER,
 ) -> onnx.ModelProto:
     """Return the simplified graph.
 
-    ``sample`` is a small real batch ``[N, 3, H, W]``. ``command`` is the program that reads the
-    graph at its first further argument and writes the simplified one at its second.
+    ``samples`` are small real batches, one for each image size that matters. ``command`` is the
+    program that reads the graph at its first further argument and writes the simplified one at its
+    second.
 
     Raises:
         EnvironmentLackError: if the simplifier is missing, crashes or does not end in time.
@@ -67,7 +68,8 @@ def simplify(
     _restore_parameters(model, simplified)
     onnx.helper.set_model_props(simplified, {p.key: p.value for p in model.metadata_props})
     del simplified.graph.value_info[:]
-    _check_same(model, simplified, sample)
+    _check_same_interface(model, simplified)
+    _check_same_function(model, simplified, samples)
     return simplified
 
 
@@ -115,7 +117,7 @@ def _restore_parameters(model: onnx.ModelProto, simplified: onnx.ModelProto) -> 
     simplified.graph.initializer.extend(own.values())
 
 
-def _check_same(model: onnx.ModelProto, simplified: onnx.ModelProto, sample: FloatArray) -> None:
+def _check_same_interface(model: onnx.ModelProto, simplified: onnx.ModelProto) -> None:
     for kind in ("input", "output"):
         before = [_signature(value) for value in getattr(model.graph, kind)]
         after = [_signature(value) for value in getattr(simplified.graph, kind)]
@@ -124,16 +126,28 @@ def _check_same(model: onnx.ModelProto, simplified: onnx.ModelProto, sample: Flo
                 f"onnxsim changed the graph's {kind}s from {', '.join(before)} to "
                 f"{', '.join(after) or 'none'}"
             )
-    expected, found = OnnxRunner(model)(sample), OnnxRunner(simplified)(sample)
+
+
+def _check_same_function(
+    model: onnx.ModelProto, simplified: onnx.ModelProto, samples: Sequence[Batch]
+) -> None:
+    before, after = OnnxRunner(model), OnnxRunner(simplified)
+    for sample in samples:
+        expected, found = before.run(sample), after.run(sample)
+        for name in before.output_names:
+            _check_same_values(name, expected[name], found[name])
+
+
+def _check_same_values(name: str, expected: FloatArray, found: FloatArray) -> None:
     if expected.shape != found.shape:
         raise GateFailedError(
-            f"onnxsim's graph computes {list(found.shape)} logits, expected {list(expected.shape)}"
+            f"onnxsim's graph computes {name} {list(found.shape)}, expected {list(expected.shape)}"
         )
     span = float(np.ptp(expected)) or 1.0
     error = float(np.max(np.abs(expected - found))) / span
     if not error <= MAX_RELATIVE_ERROR:
         raise GateFailedError(
-            f"onnxsim's graph computes something else: logits differ by {error:.2g} of their "
+            f"onnxsim's graph computes something else: {name} differs by {error:.2g} of its "
             f"range, at most {MAX_RELATIVE_ERROR:g} is rounding"
         )
 

@@ -12,6 +12,7 @@ from torch import nn
 from calibration.images import Preprocess
 from exporter.bundle import file_sha256
 from exporter.errors import EnvironmentLackError, InputError
+from exporter.network import Interface
 from exporter.spec import HUB, RANDOM, ExportSpec, weights_advice
 from models.checkpoint import CheckpointError, load_checkpoint
 from models.registry import (
@@ -19,7 +20,8 @@ from models.registry import (
     bundled_weights,
     fetch_public,
 )
-from models.repvgg import RepVGG, RepVGGBlock
+from models.repvgg import RepVGG, RepVGGBlock, SqueezeExcitation
+from models.variants import Variant
 
 RANDOM_SEED = 0
 RANDOM_CLASSES = 1000
@@ -29,70 +31,77 @@ RANDOM_CLASSES = 1000
 class Source:
     """The network in eval mode, in the form its checkpoint had, and where it came from.
 
+    ``variant`` is None for a network of the caller's own, whose ``interface`` is then known.
     ``origin`` is what the manifest records about the weights; ``notes`` is for the user.
     """
 
-    module: RepVGG
+    module: nn.Module
+    variant: Variant | None
     form: str
     origin: dict[str, Any]
     notes: tuple[str, ...]
     class_names: tuple[str, ...] | None = None
     preprocess: Preprocess | None = None
+    interface: Interface | None = None
 
 
 def load_network(spec: ExportSpec) -> Source:
-    """Load what ``spec.weights`` names.
+    """Load the variant ``spec.variant`` with what ``spec.weights`` names.
 
     Raises:
         InputError: if the checkpoint cannot be used.
         EnvironmentLackError: if a public checkpoint cannot be downloaded here.
     """
+    variant = spec.variant
+    if variant is None:
+        raise InputError(f"{spec.title} can only be exported from Python: exporter.export(module)")
     if spec.weights is None:
-        return _bundled(spec)
+        return _bundled(variant)
     if spec.weights == RANDOM:
-        return _random(spec)
+        return _random(variant)
     if spec.weights == HUB or spec.weights.startswith(f"{HUB}@"):
-        return _public(spec)
+        return _public(variant, spec.weights)
     path = Path(spec.weights)
-    return _from_file(spec, path, {"source": "file", "file": str(path)}, ())
+    return _from_file(variant, path, {"source": "file", "file": str(path)}, ())
 
 
 def _from_file(
-    spec: ExportSpec, path: Path, origin: dict[str, Any], notes: tuple[str, ...]
+    variant: Variant, path: Path, origin: dict[str, Any], notes: tuple[str, ...]
 ) -> Source:
     try:
-        loaded = load_checkpoint(path, spec.variant)
+        loaded = load_checkpoint(path, variant)
     except CheckpointError as error:
         raise InputError(str(error)) from error
     found = {"format": loaded.format, "form": loaded.form, "num_classes": loaded.num_classes}
     return Source(
         module=loaded.module,
+        variant=variant,
         form=loaded.form,
         origin={**origin, "sha256": file_sha256(path), **found},
         notes=notes,
     )
 
 
-def _bundled(spec: ExportSpec) -> Source:
-    bundled = bundled_weights(spec.variant.name)
+def _bundled(variant: Variant) -> Source:
+    bundled = bundled_weights(variant.name)
     if bundled is None:
-        raise InputError(f"no weights are bundled for {spec.variant.name}")
+        raise InputError(f"no weights are bundled for {variant.name}")
     note = (
         f"using the bundled weights ({bundled.checkpoint.name}, {len(bundled.class_names)} "
-        f"classes); pass your own with {weights_advice(spec.variant)}"
+        f"classes); pass your own with {weights_advice(variant)}"
     )
     origin = {"source": "bundled", "file": bundled.checkpoint.name}
     return replace(
-        _from_file(spec, bundled.checkpoint, origin, (note,)),
+        _from_file(variant, bundled.checkpoint, origin, (note,)),
         class_names=bundled.class_names,
         preprocess=Preprocess.from_json(bundled.preprocess),
     )
 
 
-def _public(spec: ExportSpec) -> Source:
-    _, _, revision = str(spec.weights).partition("@")
+def _public(variant: Variant, weights: str) -> Source:
+    _, _, revision = weights.partition("@")
     try:
-        public = fetch_public(spec.variant.name, revision or None)
+        public = fetch_public(variant.name, revision or None)
     except PublicWeightsError as error:
         raise EnvironmentLackError(str(error)) from error
     note = (
@@ -100,25 +109,29 @@ def _public(spec: ExportSpec) -> Source:
         f"WEIGHTS=hub@{public.revision}"
     )
     origin = {"source": "hub", "file": public.repository, "revision": public.revision}
-    return _from_file(spec, public.checkpoint, origin, (note,))
+    return _from_file(variant, public.checkpoint, origin, (note,))
 
 
-def _random(spec: ExportSpec) -> Source:
+def _random(variant: Variant) -> Source:
     """An untrained network whose activations keep their size from the first layer to the last.
 
     He et al. 2015: a kernel drawn from N(0, 2 / fan_in) after a ReLU keeps the second moment. The
     branches share it (identity 0.4 of a ReLU output is 0.2), so that none of the variants leaves
     half's range. BatchNorm's statistics are not the trivial ones, so fusing has something to do.
+    The gates of squeeze-and-excitation stand near one, for 47 of them multiply.
     """
     generator_state = torch.random.get_rng_state()
     torch.manual_seed(RANDOM_SEED)
-    module = RepVGG(spec.variant, num_classes=RANDOM_CLASSES)
+    module = RepVGG(variant, num_classes=RANDOM_CLASSES)
     for child in module.modules():
         if isinstance(child, nn.Conv2d):
             nn.init.kaiming_normal_(child.weight, nonlinearity="relu")
     for block in module.modules():
+        if isinstance(block, SqueezeExcitation):
+            nn.init.constant_(block.up.bias, 4.0)  # type: ignore[arg-type]
         if isinstance(block, RepVGGBlock):
             _randomize_norm(block.rbr_dense.bn, 0.5)
+            assert block.rbr_1x1 is not None
             _randomize_norm(block.rbr_1x1.bn, 0.5 if block.rbr_identity is None else 0.3)
             if block.rbr_identity is not None:
                 _randomize_norm(block.rbr_identity, 0.4)
@@ -131,7 +144,7 @@ def _random(spec: ExportSpec) -> Source:
         "num_classes": RANDOM_CLASSES,
     }
     note = "RANDOM WEIGHTS: the network is untrained, its answers mean nothing"
-    return Source(module=module.eval(), form="train", origin=origin, notes=(note,))
+    return Source(module=module.eval(), variant=variant, form="train", origin=origin, notes=(note,))
 
 
 def _randomize_norm(norm: Any, share: float) -> None:

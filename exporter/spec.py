@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from exporter.errors import InputError
+from exporter.profiles import BatchProfile, SizeProfile, parse_image_size
 from models.registry import bundled_weights, public_repository
 from models.variants import TOTAL_STRIDE, Variant, find_variant
 
@@ -33,34 +34,6 @@ class Precision(str, Enum):
         return self.value
 
 
-@dataclass(frozen=True, slots=True)
-class BatchProfile:
-    """The batch sizes an engine accepts; the builder tunes for ``opt``."""
-
-    min: int
-    opt: int
-    max: int
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.min <= self.opt <= self.max:
-            raise ValueError(f"batch {self} must be min:opt:max with 1 <= min <= opt <= max")
-
-    @classmethod
-    def parse(cls, text: str) -> BatchProfile:
-        """Read ``8`` (fixed) or ``1:8:32`` (min:opt:max).
-
-        Raises:
-            ValueError: for anything else.
-        """
-        if not re.fullmatch(r"\d+(:\d+:\d+)?", text.strip()):
-            raise ValueError(f"batch {text!r} must be one number or min:opt:max, such as 1:8:32")
-        numbers = [int(part) for part in text.split(":")]
-        return cls(*(numbers * 3 if len(numbers) == 1 else numbers))
-
-    def __str__(self) -> str:
-        return f"{self.min}:{self.opt}:{self.max}"
-
-
 class Recipe(str, Enum):
     """How the activations' clip values are chosen (calibration.threshold.Method)."""
 
@@ -73,9 +46,9 @@ class Recipe(str, Enum):
         return self.value
 
 
+DEFAULT_BATCH = BatchProfile(1, 8, 32)
 RANDOM = "random"
 HUB = "hub"
-_MIN_IMAGE_SIZE = TOTAL_STRIDE
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -83,15 +56,18 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 class ExportSpec:
     """One export, valid as far as that can be told without reading the files.
 
+    ``variant`` is None for a network of the caller's own, which ``name`` then names.
+    ``dynamic_size`` leaves height and width open, within that profile.
     ``weights`` is None (the bundled checkpoint), ``random``, ``hub``, ``hub@<commit>`` or a path.
     ``target`` is still text, because which targets exist is the backend's knowledge.
     ``preprocess`` is ``imagenet``, a JSON file, or None (the checkpoint's own, else ImageNet's).
     ``min_sqnr_db`` and ``min_agreement`` replace the default gate of the precision stage.
     """
 
-    variant: Variant
+    variant: Variant | None
     precision: Precision
     out: Path
+    name: str = ""
     weights: str | None = None
     calibration: Path | None = None
     calibration_images: int = 512
@@ -100,13 +76,19 @@ class ExportSpec:
     recipe: Recipe = Recipe.MSE
     target: str | None = None
     backend: str = "auto"
-    batch: BatchProfile = BatchProfile(1, 8, 32)
+    batch: BatchProfile = DEFAULT_BATCH
     image_size: tuple[int, int] | None = None
+    dynamic_size: SizeProfile | None = None
     preprocess: str | None = None
     skip_bad_images: bool = False
     min_sqnr_db: float | None = None
     min_agreement: float | None = None
     workspace_mib: int | None = None
+
+    @property
+    def title(self) -> str:
+        """The network's name for people: ``RepVGG-A0``, or the class of the caller's own."""
+        return f"RepVGG-{self.variant.name}" if self.variant else self.name
 
     def to_json(self) -> dict[str, Any]:
         """Everything that was asked for, as the manifest records it."""
@@ -114,10 +96,11 @@ class ExportSpec:
         for item in fields(self):
             value = getattr(self, item.name)
             values[item.name] = list(value) if isinstance(value, tuple) else value
-        values["variant"] = self.variant.name
+        values["name"] = self.title
+        values["variant"] = self.variant.name if self.variant else None
         for key in ("precision", "recipe", "batch"):
             values[key] = str(values[key])
-        for key in ("out", "calibration", "evaluation"):
+        for key in ("out", "calibration", "evaluation", "dynamic_size"):
             values[key] = None if values[key] is None else str(values[key])
         return values
 
@@ -138,6 +121,7 @@ class ExportRequest:
     backend: str = "auto"
     batch: str | None = None
     image_size: str | None = None
+    dynamic_size: str | None = None
     preprocess: str | None = None
     out: str | None = None
     skip_bad_images: bool = False
@@ -146,11 +130,11 @@ class ExportRequest:
     workspace_mib: int | None = None
 
 
-def validate(request: ExportRequest, variant: Variant | None = None) -> ExportSpec:
+def validate(request: ExportRequest, network: Variant | str | None = None) -> ExportSpec:
     """Turn what was typed into a spec.
 
-    ``variant`` is that of a network which the caller has already, weights included; without it
-    ``request.model`` and ``request.weights`` decide.
+    ``network`` is the variant, or else the name, of a network which the caller has already,
+    weights included; without it ``request.model`` and ``request.weights`` decide.
 
     Raises:
         InputError: listing everything that is wrong with the request, not only the first thing.
@@ -166,20 +150,27 @@ def validate(request: ExportRequest, variant: Variant | None = None) -> ExportSp
 
     precision = parsed(lambda: choice(Precision, "precision", request.precision))
     recipe = parsed(lambda: choice(Recipe, "recipe", request.recipe))
-    batch = parsed(lambda: BatchProfile.parse(request.batch or "1:8:32"))
+    batch = parsed(lambda: BatchProfile.parse(request.batch or str(DEFAULT_BATCH)))
     size = request.image_size
     image_size = parsed(lambda: parse_image_size(size)) if size is not None else None
-    if variant is None:
+    dynamic = request.dynamic_size
+    dynamic_size = parsed(lambda: SizeProfile.parse(dynamic)) if dynamic is not None else None
+    variant = network if isinstance(network, Variant) else None
+    name = network if isinstance(network, str) else ""
+    if network is None:
         variant = parsed(lambda: find_variant(request.model))
         if variant is not None:
             complaints += _weights_complaints(request.weights, variant)
+    if variant is not None and dynamic_size is not None:
+        complaints += _dynamic_size_complaints(dynamic_size, image_size)
     complaints += _number_complaints(request)
-    if complaints or variant is None or precision is None or recipe is None or batch is None:
+    if complaints or precision is None or recipe is None or batch is None:
         raise InputError("; ".join(complaints))
     return ExportSpec(
         variant=variant,
+        name=name,
         precision=precision,
-        out=Path(request.out or f"build/{variant.name}-{precision}"),
+        out=Path(request.out or f"build/{variant.name if variant else name}-{precision}"),
         weights=request.weights,
         calibration=Path(request.calibration) if request.calibration else None,
         calibration_images=request.calibration_images,
@@ -190,6 +181,7 @@ def validate(request: ExportRequest, variant: Variant | None = None) -> ExportSp
         backend=request.backend,
         batch=batch,
         image_size=image_size,
+        dynamic_size=dynamic_size,
         preprocess=request.preprocess,
         skip_bad_images=request.skip_bad_images,
         min_sqnr_db=request.min_sqnr_db,
@@ -211,23 +203,6 @@ def choice(kind: type[E], what: str, text: str) -> E:
     nearest = difflib.get_close_matches(wanted, known, n=1, cutoff=0.3)
     hint = f"nearest: {nearest[0]}; " if nearest else ""
     raise ValueError(f"unknown {what} {text!r} ({hint}known: {', '.join(known)})")
-
-
-def parse_image_size(text: str) -> tuple[int, int]:
-    """Read ``224`` or ``192x320`` (height x width, pixels).
-
-    Raises:
-        ValueError: for anything else, or less than the network's total stride.
-    """
-    match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text.strip().lower())
-    if not match:
-        raise ValueError(f"image size {text!r} must be pixels such as 224, or 192x320 (HxW)")
-    height, width = int(match[1]), int(match[2] or match[1])
-    if min(height, width) < _MIN_IMAGE_SIZE:
-        raise ValueError(
-            f"image size {text} is below {_MIN_IMAGE_SIZE}, the network's total stride"
-        )
-    return height, width
 
 
 def weights_advice(variant: Variant) -> str:
@@ -254,6 +229,19 @@ def _weights_complaints(weights: str | None, variant: Variant) -> list[str]:
     if weights not in (None, RANDOM) and not Path(str(weights)).is_file():
         return [f"checkpoint {weights} does not exist or is no file"]
     return []
+
+
+def _dynamic_size_complaints(profile: SizeProfile, image_size: tuple[int, int] | None) -> list[str]:
+    complaints = []
+    if min(profile.height[0], profile.width[0]) < TOTAL_STRIDE:
+        complaints.append(
+            f"dynamic size {profile} begins below {TOTAL_STRIDE}, the network's total stride"
+        )
+    if image_size is not None and not profile.holds(*image_size):
+        complaints.append(
+            f"image size {image_size[0]}x{image_size[1]} is outside dynamic size {profile}"
+        )
+    return complaints
 
 
 def _number_complaints(request: ExportRequest) -> list[str]:

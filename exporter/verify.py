@@ -1,17 +1,19 @@
 """Does a published bundle still compute what it recorded? Needs numpy and onnxruntime, no torch.
 
 Hashes first; then ``model.onnx`` and the precision graph run on the reference inputs and are held
-against the original network's recorded logits with the gates the bundle was published under.
+against the original network's recorded outputs with the gates the bundle was published under.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from exporter import parity
 from exporter.bundle import MODEL, Bundle
 from exporter.engine import engine_not_run_reason
 from exporter.errors import GateFailedError
 from exporter.onnx_runner import OnnxRunner
-from exporter.parity import Gate, Ledger
+from exporter.parity import Gate, Ledger, StageResult
 
 
 def verify(bundle: Bundle) -> Ledger:
@@ -25,17 +27,25 @@ def verify(bundle: Bundle) -> Ledger:
         raise GateFailedError(
             f"bundle {bundle.path}: {', '.join(damaged)} missing or not what the manifest says"
         )
-    images, logits = bundle.reference()
-    ledger = Ledger(stages=(), images="the bundle's reference inputs", image_count=len(images))
+    inputs, outputs = bundle.reference()
+    batch = inputs if isinstance(inputs, tuple) else (inputs,)
+    reference = outputs if isinstance(outputs, dict) else {"": outputs}
+    ledger = Ledger(stages=(), images="the bundle's reference inputs", image_count=len(batch[0]))
     gates = {row["stage"]: Gate(**row["tolerance"]) for row in bundle.parity["stages"]}
-    ledger = ledger.with_stage(
-        parity.judge(
-            "simplified", logits, OnnxRunner(bundle.path / MODEL)(images), gate=gates["simplified"]
+    # Bundles of older versions are all classifiers and do not say so.
+    classifier = bundle.manifest["model"].get("num_classes") is not None
+
+    def judged(stage: str, found: Any) -> StageResult:
+        named = found if isinstance(found, dict) else {"": found}
+        return parity.judge_outputs(
+            stage, reference, named, gate=gates[stage], classifier=classifier
         )
+
+    found = OnnxRunner(bundle.path / MODEL).run(batch)
+    ledger = ledger.with_stage(
+        judged("simplified", found if len(found) > 1 else next(iter(found.values())))
     )
     precision = bundle.manifest["spec"]["precision"]
     if precision != "fp32":
-        ledger = ledger.with_stage(
-            parity.judge(precision, logits, bundle.run(images), gate=gates[precision])
-        )
+        ledger = ledger.with_stage(judged(precision, bundle.run(inputs)))
     return ledger.with_stage(parity.not_run("engine", engine_not_run_reason()))

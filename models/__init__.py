@@ -11,7 +11,13 @@ from models.variants import VARIANTS, ConvLayer, UnknownVariantError, Variant, f
 
 if TYPE_CHECKING:
     from models.checkpoint import CheckpointError, LoadedCheckpoint, load_checkpoint
-    from models.fusion import BlockEquivalence, TrainModeWarning, block_equivalence, reparameterize
+    from models.equivalence import BlockEquivalence, block_equivalence
+    from models.fusion import (
+        TrainModeWarning,
+        UntraceableWarning,
+        fused_convolutions,
+        reparameterize,
+    )
     from models.repvgg import PlainBlock, RepVGG, RepVGGBlock
 
 __project__ = "repvgg-exporter"
@@ -27,22 +33,26 @@ __all__ = [
     "RepVGGBlock",
     "TrainModeWarning",
     "UnknownVariantError",
+    "UntraceableWarning",
     "Variant",
     "block_equivalence",
     "find_variant",
+    "fused_convolutions",
     "load_checkpoint",
     "reparameterize",
 ]
 
 _LAZY = {
-    "BlockEquivalence": "fusion",
+    "BlockEquivalence": "equivalence",
     "CheckpointError": "checkpoint",
     "LoadedCheckpoint": "checkpoint",
     "PlainBlock": "repvgg",
     "RepVGG": "repvgg",
     "RepVGGBlock": "repvgg",
     "TrainModeWarning": "fusion",
-    "block_equivalence": "fusion",
+    "UntraceableWarning": "fusion",
+    "block_equivalence": "equivalence",
+    "fused_convolutions": "fusion",
     "load_checkpoint": "checkpoint",
     "reparameterize": "fusion",
 }

@@ -1,50 +1,51 @@
-"""A file of weights -> a RepVGG: load safely, translate key dialects, say what was found.
+"""The network in a file of weights.
 
-Two dialects are read, each in train and deploy form: the official repository's (``rbr_dense``,
-``rbr_reparam``, ``linear``) and timm's (``conv_kxk``, ``reparam_conv``, ``head.fc``). The variant
-and the number of classes follow from names and shapes, so a checkpoint of another variant is named
-for what it is.
+:func:`load_checkpoint` builds it and refuses, by name, what is no RepVGG classifier with finite
+weights. Files are read by ``checkpoint_file``, names translated by ``dialects``, variants told
+apart by ``fitting``, and ``identification`` puts these together.
 """
 
 from __future__ import annotations
 
-import functools
-import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from models.repvgg import RepVGG
-from models.variants import VARIANTS, Variant
+from models.checkpoint_file import CheckpointError, read_checkpoint_file, read_state
+from models.dialects import from_ours
+from models.fitting import CLASSIFIER, DEPLOY, expected_shapes, fit
+from models.identification import Checkpoint, Removed, identify
+from models.repvgg import BlockStyle, RepVGG
+from models.variants import Variant
 
-_CLASSIFIER = ("linear.weight", "linear.bias")
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "LoadedCheckpoint",
+    "Removed",
+    "build",
+    "expected_shapes",
+    "identify",
+    "load_checkpoint",
+    "read_checkpoint_file",
+    "read_state",
+    "refusal",
+    "require_classifier",
+    "require_network",
+    "require_values",
+]
+
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "ema", "model_ema", "module")
-_MAX_WRAPPERS = 3  # a damaged or malicious file may hold a mapping that holds itself
-_PREFIXES = ("module.", "_orig_mod.")
-_IGNORED = re.compile(r"(^|\.)num_batches_tracked$")
-# timm's ByobNet -> official. Stage numbers shift by one: timm's stem is the paper's stage 0.
-_TIMM_BLOCK_KEYS = (
-    ("conv_kxk.", "rbr_dense."),
-    ("conv_1x1.", "rbr_1x1."),
-    ("identity.", "rbr_identity."),
-    ("reparam_conv.", "rbr_reparam."),
-)
-
-
-class CheckpointError(ValueError):
-    """The file cannot be used as RepVGG weights; the message says why and what would fit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedCheckpoint:
     """A network in eval mode and what its file turned out to be.
 
-    ``format`` is ``official`` or ``timm``; ``form`` is ``train`` or ``deploy``.
+    ``format`` is a value of :class:`models.dialects.Dialect`; ``form`` is ``train`` or ``deploy``;
+    ``dtypes`` counts the tensors by the data type they were stored in.
     """
 
     module: RepVGG
@@ -52,6 +53,9 @@ class LoadedCheckpoint:
     format: str
     form: str
     num_classes: int
+    style: BlockStyle
+    removed: Removed
+    dtypes: Mapping[str, int]
 
 
 def load_checkpoint(path: Path, expected: Variant | None = None) -> LoadedCheckpoint:
@@ -61,182 +65,139 @@ def load_checkpoint(path: Path, expected: Variant | None = None) -> LoadedCheckp
 
     Raises:
         CheckpointError: if the file is missing, damaged, no checkpoint, unsafe, not a RepVGG with
-            its classifier, another variant than ``expected`` (the message names it), or holds
-            anything but finite floating-point numbers.
+            its classifier, another variant than ``expected`` (the message names it), a mix of
+            train and deploy form, or holds anything but finite floating-point numbers.
     """
-    state = read_state(path)
-    if not state:
-        raise CheckpointError(f"checkpoint {path} holds no tensors")
-    state, dialect = _official_names(state)
-    state = {name: tensor for name, tensor in state.items() if not _IGNORED.search(name)}
-    form = "deploy" if any(".rbr_reparam." in name for name in state) else "train"
-    variant = _identify(path, state, form, expected)
-    num_classes = _num_classes(path, state, variant)
-    _check_values(path, state)
-    module = RepVGG(variant, num_classes=num_classes, deploy=form == "deploy")
-    module.load_state_dict(state, strict=False)
+    checkpoint = identify(read_checkpoint_file(path), expected)
+    variant = require_network(checkpoint, expected)
+    num_classes = require_classifier(checkpoint, variant)
+    require_values(checkpoint)
     return LoadedCheckpoint(
-        module=module.eval(), variant=variant, format=dialect, form=form, num_classes=num_classes
+        module=build(checkpoint),
+        variant=variant,
+        format=checkpoint.dialect.value,
+        form=checkpoint.form,
+        num_classes=num_classes,
+        style=checkpoint.style,
+        removed=checkpoint.removed,
+        dtypes=checkpoint.dtypes,
     )
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of ``path`` by name, wrappers and ``module.`` prefixes removed.
+def refusal(checkpoint: Checkpoint) -> str | None:
+    """Why :func:`load_checkpoint` would refuse it; None if it would not."""
+    try:
+        require_classifier(checkpoint, require_network(checkpoint))
+        require_values(checkpoint)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def build(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> RepVGG:
+    """The network of a checkpoint whose variant is known, in eval mode; values are not checked.
+
+    Without a classifier in the file, the network's is all zeros.
+    """
+    assert checkpoint.variant is not None
+    with torch.device("meta"):  # nothing to initialize, so no random numbers are drawn
+        module = RepVGG(
+            checkpoint.variant,
+            num_classes=checkpoint.num_classes or 1,
+            deploy=checkpoint.form == DEPLOY,
+            style=checkpoint.style,
+        ).to(dtype)
+    module = module.to_empty(device="cpu").eval()
+    classifier = checkpoint.num_classes is not None
+    state = {n: t for n, t in checkpoint.tensors.items() if classifier or n not in CLASSIFIER}
+    with torch.no_grad():
+        for name, tensor in module.state_dict().items():
+            if name not in state:  # counters, and a classifier that is not there
+                tensor.zero_()
+    module.load_state_dict(state, strict=False)
+    return module
+
+
+def require_network(checkpoint: Checkpoint, expected: Variant | None = None) -> Variant:
+    """The variant of ``checkpoint``.
 
     Raises:
-        CheckpointError: if the file cannot be read as weights, or would run code.
+        CheckpointError: if it fits none, is not ``expected``, mixes the two forms, or is a part of
+            a larger network.
     """
-    content = _read_safetensors(path) if _is_safetensors(path) else _read_torch(path)
-    if not isinstance(content, Mapping):
-        raise CheckpointError(
-            f"checkpoint {path} holds a {type(content).__name__}, not named tensors; "
-            "save model.state_dict()"
-        )
-    for _ in range(_MAX_WRAPPERS):
-        inside = (content.get(wrapper) for wrapper in _WRAPPERS)
-        content = next((inner for inner in inside if isinstance(inner, Mapping)), content)
-    state = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
-    for prefix in _PREFIXES * 2:
-        if all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return state
-
-
-def _is_safetensors(path: Path) -> bool:
-    """By content (an 8-byte header length, then JSON); by suffix only where that says nothing."""
-    try:
-        if not path.is_file():
-            what = "is a folder, not a file" if path.is_dir() else "does not exist"
-            raise CheckpointError(f"checkpoint {path} {what}")
-        with path.open("rb") as file:
-            head = file.read(9)
-    except OSError as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read ({error.strerror})") from error
-    if not head:
-        raise CheckpointError(f"checkpoint {path} is empty")
-    if head[8:] == b"{":
-        return True
-    is_torch = head.startswith((b"PK", b"\x80"))  # a zip archive, a pickle
-    return path.suffix == ".safetensors" and not is_torch
-
-
-def _read_safetensors(path: Path) -> Mapping[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"checkpoint {path} is damaged, truncated or not a safetensors file ({error})"
-        ) from error
-
-
-def _read_torch(path: Path) -> object:
-    try:
-        # An open file, because of a path torch.load would look at the suffix.
-        with path.open("rb") as file, warnings.catch_warnings():
-            # Of old storage classes and pickle protocols: what is read is checked later anyway.
-            warnings.simplefilter("ignore")
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # On damaged bytes torch.load raises whatever its parts raise: AssertionError, KeyError,
-        # struct.error, UnicodeDecodeError and a dozen others, none of them part of its contract.
-        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-        kind = (
-            f"a pickle that would run {wanted[1]}, or damaged"
-            if wanted
-            else "damaged, truncated or not a file of weights"
-        )
-        raise CheckpointError(
-            f"checkpoint {path} is {kind}; refused and not executed, "
-            "save model.state_dict() as safetensors instead"
-        ) from error
-
-
-def _official_names(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    if not any(name.startswith("stem.") for name in state):
-        return state, "official"
-    return {_official_name(name): tensor for name, tensor in state.items()}, "timm"
-
-
-def _official_name(timm_name: str) -> str:
-    name = timm_name.replace("head.fc.", "linear.")
-    name = re.sub(r"^stem\.", "stage0.", name)
-    name = re.sub(r"^stages\.(\d+)\.", lambda match: f"stage{int(match[1]) + 1}.", name)
-    for theirs, ours in _TIMM_BLOCK_KEYS:
-        name = name.replace(f".{theirs}", f".{ours}")
-    return name
-
-
-@functools.cache
-def expected_shapes(variant: Variant, form: str) -> Mapping[str, tuple[int, ...]]:
-    """Parameter and buffer shapes of a variant in official names, the classifier left out."""
-    with torch.device("meta"):
-        module = RepVGG(variant, num_classes=1, deploy=form == "deploy")
-    return {
-        name: tuple(tensor.shape)
-        for name, tensor in module.state_dict().items()
-        if not _IGNORED.search(name) and name not in _CLASSIFIER
-    }
-
-
-def _mismatches(state: Mapping[str, Tensor], variant: Variant, form: str) -> list[str]:
-    """How the tensors differ from ``variant``, the classifier left out; empty where they fit."""
-    wanted = expected_shapes(variant, form)
-    found = {n: tuple(tensor.shape) for n, tensor in state.items() if n not in _CLASSIFIER}
-    complaints = [f"{name} is missing" for name in wanted if name not in found]
-    complaints += [f"{name} is not expected" for name in found if name not in wanted]
-    complaints += [
-        f"{name} is {list(found[name])}, not {list(shape)}"
-        for name, shape in wanted.items()
-        if name in found and found[name] != shape
-    ]
-    return complaints
-
-
-def _identify(
-    path: Path, state: Mapping[str, Tensor], form: str, expected: Variant | None
-) -> Variant:
-    if expected is not None and not _mismatches(state, expected, form):
-        return expected
-    complaints = {name: _mismatches(state, variant, form) for name, variant in VARIANTS.items()}
-    nearest = min(complaints, key=lambda name: len(complaints[name]))
-    if expected is None and not complaints[nearest]:
-        return VARIANTS[nearest]
-    if expected is None:
-        problem, differences = "fits no RepVGG variant", complaints[nearest]
-    elif not complaints[nearest]:
-        raise CheckpointError(
-            f"checkpoint {path} is not RepVGG-{expected.name}: its shapes fit {nearest}; "
-            f"use MODEL={nearest}"
-        )
+    variant = checkpoint.variant
+    if checkpoint.removed.within is not None:
+        problem = _part(checkpoint)
+    elif variant is not None and (expected is None or variant == expected):
+        return variant
+    elif expected is None:
+        problem = checkpoint.mixed or str(checkpoint.nearest)
+    elif variant is not None:
+        fits = f"its shapes fit {variant.name}; use MODEL={variant.name}"
+        problem = f"is not RepVGG-{expected.name}: {fits}"
     else:
-        nearest, differences = expected.name, _mismatches(state, expected, form)
-        problem = f"is not RepVGG-{nearest} and fits no other variant"
-    raise CheckpointError(
-        f"checkpoint {path} {problem}; tensors that differ from {nearest} in {form} form: "
-        f"{len(differences)}, the first: {differences[0]}"
+        problem = _misfit(checkpoint, expected)
+    raise CheckpointError(f"checkpoint {checkpoint.path} {problem}")
+
+
+def _part(checkpoint: Checkpoint) -> str:
+    removed = checkpoint.removed
+    what = "a RepVGG" if checkpoint.variant is None else f"a RepVGG-{checkpoint.variant.name}"
+    beside = f" beside {', '.join(removed.beside[:3])}" if removed.beside else ""
+    return (
+        f"holds {what} under {removed.within!r}{beside}; export the whole network from Python, or "
+        "save this part alone"
     )
 
 
-def _num_classes(path: Path, state: Mapping[str, Tensor], variant: Variant) -> int:
-    if not all(name in state for name in _CLASSIFIER):
+def _misfit(checkpoint: Checkpoint, expected: Variant) -> str:
+    nearest = checkpoint.nearest
+    wanted = fit(
+        checkpoint.tensors, expected, checkpoint.form, checkpoint.style, checkpoint.dialect
+    )
+    if checkpoint.mixed is not None:
+        reason = checkpoint.mixed
+    elif nearest.near and len(nearest.differences) < len(wanted.differences):
+        return f"is not RepVGG-{expected.name}; it {nearest}"
+    else:
+        reason = (
+            f"tensors that differ from {expected.name} in {wanted.form} form: "
+            f"{len(wanted.differences)}, the first: {wanted.differences[0]}"
+        )
+    return f"is not RepVGG-{expected.name} and fits no other variant; {reason}"
+
+
+def require_classifier(checkpoint: Checkpoint, variant: Variant) -> int:
+    """The number of classes.
+
+    Raises:
+        CheckpointError: if there is no classifier, or one that does not fit ``variant``.
+    """
+    if checkpoint.num_classes is not None:
+        return checkpoint.num_classes
+    path, state = checkpoint.path, checkpoint.tensors
+    names = from_ours(checkpoint.dialect, CLASSIFIER)
+    if not all(name in state for name in CLASSIFIER):
         raise CheckpointError(
             f"checkpoint {path} is a RepVGG-{variant.name} without a classifier "
-            f"({' and '.join(_CLASSIFIER)}); save the whole network"
+            f"({' and '.join(names.values())}); save the whole network"
         )
-    weight, bias = (list(state[name].shape) for name in _CLASSIFIER)
-    if not bias or bias[0] < 1 or weight != [bias[0], variant.feature_channels]:
-        raise CheckpointError(
-            f"checkpoint {path} has a classifier that does not fit RepVGG-{variant.name}: weight "
-            f"{weight} and bias {bias}, not [classes, {variant.feature_channels}] and [classes]"
-        )
-    return bias[0]
+    weight, bias = (list(state[name].shape) for name in CLASSIFIER)
+    raise CheckpointError(
+        f"checkpoint {path} has a classifier that does not fit RepVGG-{variant.name}: weight "
+        f"{weight} and bias {bias}, not [classes, {variant.feature_channels}] and [classes]"
+    )
 
 
-def _check_values(path: Path, state: Mapping[str, Tensor]) -> None:
-    for name, tensor in state.items():
+def require_values(checkpoint: Checkpoint) -> None:
+    """Check that every tensor of the network is dense, floating-point and finite.
+
+    Raises:
+        CheckpointError: naming the first tensor that is not.
+    """
+    path = checkpoint.path
+    for ours, tensor in checkpoint.tensors.items():
+        name = checkpoint.names[ours]
         if tensor.dtype not in _FLOATS or tensor.layout != torch.strided or tensor.is_meta:
             kind = f"{tensor.dtype} {tensor.layout} on {tensor.device}".replace("torch.", "")
             raise CheckpointError(

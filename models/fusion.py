@@ -1,135 +1,88 @@
-"""Reparameterization: three branches with BatchNorm become one 3x3 convolution.
+"""Reparameterization: every block of several branches becomes one convolution, in a copy.
 
-The algebra (paper, section 3.3 and figure 4). In eval mode BatchNorm is an affine map per channel::
-
-    bn(y)_o = gamma_o (y_o - mu_o) / sigma_o + beta_o,      sigma_o = sqrt(var_o + eps)
-
-so a bias-free convolution W followed by it is the convolution with
-
-    W'_o = W_o gamma_o / sigma_o,        b'_o = beta_o - mu_o gamma_o / sigma_o          (1)
-
-A 1x1 kernel is a 3x3 kernel with one non-zero tap, the centre (2). The identity is a 1x1 kernel
-that is a unit matrix; within a group of g = in_channels / groups channels, output o reads input
-o mod g of its own group (3). Convolution is linear in its kernel, so the branches add:
-
-    W = W'_3x3 + pad(W'_1x1) + pad(W'_id),      b = b'_3x3 + b'_1x1 + b'_id              (4)
-
-All of it is computed in float64 and rounded once, to the block's own data type.
+``structure.py`` finds the blocks, ``branches.py`` has the algebra. Kernels and biases are computed
+in float64 and rounded once, to the block's own data type.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import cast
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor, fx, nn
 
-from models.repvgg import PlainBlock, RepVGGBlock
-from models.variants import ConvLayer
+from models import branches
+from models.branches import BranchError, Linear, identity_kernel
+from models.repvgg import FusedConv2d, PlainBlock, RepVGGBlock
+from models.structure import Block, UntraceableError, find_blocks, trace
+
+__all__ = [
+    "TrainModeWarning",
+    "UntraceableWarning",
+    "fold_batch_norm",
+    "fuse_block",
+    "fused_convolutions",
+    "identity_kernel",
+    "plain_block",
+    "reparameterize",
+]
+
+_FUSED_NAME = "rbr_reparam"
 
 
 class TrainModeWarning(UserWarning):
     """A module in train() mode was given; a copy in eval() mode was used instead."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlockEquivalence:
-    """How far one fused block is from the block it replaces, on the same input.
-
-    ``max_abs`` is in units of the block's output; ``relative`` is ``max_abs`` over the largest
-    magnitude of the original output (or ``max_abs`` itself where that is all zero).
-    """
-
-    name: str
-    max_abs: float
-    relative: float
+class UntraceableWarning(UserWarning):
+    """A module could not be searched for blocks, because its forward cannot be traced."""
 
 
 def fold_batch_norm(weight: Tensor, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Equation (1): kernel ``[O, I/g, k, k]`` and ``bn`` -> float64 kernel and bias ``[O]``."""
-    if bn.running_mean is None or bn.running_var is None:
-        raise ValueError("BatchNorm without running statistics cannot be folded into a convolution")
-    sigma = torch.sqrt(bn.running_var.detach().double() + bn.eps)
-    # Without affine=True both are None; newer releases of torch can leave out the bias alone.
-    gamma = torch.ones_like(sigma) if bn.weight is None else bn.weight.detach().double()
-    beta = torch.zeros_like(sigma) if bn.bias is None else bn.bias.detach().double()
-    factor = gamma / sigma
-    kernel = weight.detach().double() * factor.view(-1, 1, 1, 1)
-    return kernel, beta - bn.running_mean.detach().double() * factor
-
-
-def identity_kernel(channels: int, groups: int) -> Tensor:
-    """Equation (3): ``x -> x`` as a float64 kernel ``[channels, channels / groups, 1, 1]``."""
-    per_group = channels // groups
-    kernel = torch.zeros(channels, per_group, 1, 1, dtype=torch.float64)
-    outputs = torch.arange(channels)
-    kernel[outputs, outputs % per_group, 0, 0] = 1.0
-    return kernel
-
-
-def fuse_block(block: RepVGGBlock) -> tuple[Tensor, Tensor]:
-    """Equations (1)-(4): the single kernel ``[O, I/g, 3, 3]`` and bias ``[O]``, float64.
+    """Equation (1) of ``branches``: ``[O, I/g, k, k]`` and ``bn`` -> float64 kernel, bias ``[O]``.
 
     Raises:
-        ValueError: if a BatchNorm has no running statistics, or the block is of a subclass that
-            computes something else.
+        ValueError: if the BatchNorm has no running statistics.
     """
-    if type(block).forward is not RepVGGBlock.forward:
-        raise ValueError(f"{type(block).__name__} has a forward() of its own, not RepVGGBlock's")
-    dense_conv, dense_bn = _conv_and_bn(block.rbr_dense)
-    point_conv, point_bn = _conv_and_bn(block.rbr_1x1)
-    kernel, bias = fold_batch_norm(dense_conv.weight, dense_bn)
-    point_kernel, point_bias = fold_batch_norm(point_conv.weight, point_bn)
-    if block.rbr_identity is not None:
-        unit = identity_kernel(dense_conv.in_channels, dense_conv.groups).to(kernel.device)
-        identity, identity_bias = fold_batch_norm(unit, block.rbr_identity)
-        point_kernel, point_bias = point_kernel + identity, point_bias + identity_bias
-    return kernel + functional.pad(point_kernel, (1, 1, 1, 1)), bias + point_bias
+    factor, shift = branches.batch_norm_factors(
+        bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps
+    )
+    return weight.detach().double() * factor.view(-1, 1, 1, 1), shift
 
 
-def plain_block(block: RepVGGBlock, name: str = "") -> PlainBlock:
+def fuse_block(block: nn.Module) -> tuple[Tensor, Tensor]:
+    """The single kernel ``[O, I/g, 3, 3]`` and bias ``[O]`` of a module that is one block, float64.
+
+    Raises:
+        ValueError: if it is no block, or cannot be fused.
+    """
+    linear = _only_block(block).linear
+    assert linear.kernel is not None
+    return linear.kernel, linear.bias
+
+
+def plain_block(block: RepVGGBlock) -> PlainBlock:
     """The deploy form of ``block``, in its data type, on its device, with its activation.
 
     Raises:
         ValueError: if the block cannot be fused, or the result leaves its data type's range.
     """
-    conv, _ = _conv_and_bn(block.rbr_dense)
-    layer = ConvLayer(
-        name=name,
-        in_channels=conv.in_channels,
-        out_channels=conv.out_channels,
-        stride=conv.stride[0],
-        groups=conv.groups,
-    )
-    kernel, bias = fuse_block(block)
-    with torch.device("meta"):  # nothing to initialize, so no random numbers are drawn
-        plain = PlainBlock(layer).to(conv.weight.dtype)
-    plain = plain.to_empty(device=conv.weight.device)
-    with torch.no_grad():
-        plain.rbr_reparam.weight.copy_(kernel)
-        plain.rbr_reparam.bias.copy_(bias)  # type: ignore[union-attr]
-    if not all(bool(torch.isfinite(parameter).all()) for parameter in plain.parameters()):
-        raise ValueError(f"the fused kernel or bias is not finite in {conv.weight.dtype}")
-    plain.nonlinearity = copy.deepcopy(block.nonlinearity)
-    return plain.eval()
+    return _as_plain(block, _fused_conv(_only_block(block).linear, block))
 
 
 def reparameterize(module: nn.Module) -> nn.Module:
-    """Return a deep copy of ``module`` in eval mode whose RepVGG blocks are single convolutions.
+    """Return a deep copy of ``module`` in eval mode whose RepVGG-style blocks are convolutions.
 
-    The caller's module is not touched. A module in train() mode computes with batch statistics,
-    which no fixed kernel can reproduce, so the result equals ``module.eval()``; a
-    :class:`TrainModeWarning` says so. A block used in several places stays one block. Hooks on
-    a block go with the block that is replaced.
+    Blocks are found by structure (``models.structure``), in any module: the official ones and
+    their variants, timm's, YOLOv6's, MobileOne's, the user's own. Nothing else changes. The
+    caller's module is not touched. A module in train() mode computes with batch statistics, which
+    no fixed kernel can reproduce, so the result equals ``module.eval()``; a
+    :class:`TrainModeWarning` says so. A part whose forward cannot be traced is left as it is, with
+    an :class:`UntraceableWarning`.
 
     Raises:
-        ValueError: naming the block, if one cannot be fused.
+        ValueError: naming the block, if one cannot be fused, or fusing would drop something.
     """
     if any(child.training for child in module.modules()):
         warnings.warn(
@@ -137,67 +90,169 @@ def reparameterize(module: nn.Module) -> nn.Module:
             TrainModeWarning,
             stacklevel=2,
         )
-    fused = copy.deepcopy(module).eval()
-    if isinstance(fused, RepVGGBlock):
-        return plain_block(fused)
-    replacements: dict[RepVGGBlock, PlainBlock] = {}
-    for name, block in list(fused.named_modules(remove_duplicate=False)):
-        if isinstance(block, RepVGGBlock):
-            if block not in replacements:
-                try:
-                    replacements[block] = plain_block(block, name)
-                except ValueError as error:
-                    raise ValueError(f"block {name}: {error}") from error
-            parent_name, _, child_name = name.rpartition(".")
-            setattr(fused.get_submodule(parent_name), child_name, replacements[block])
+    fused = _copy(module)
+    names: dict[nn.Module, list[str]] = {}
+    for name, child in fused.named_modules(remove_duplicate=False):
+        names.setdefault(child, []).append(name)
+    made: set[nn.Module] = set()
+    # Children before parents, so that a block is replaced where it is defined.
+    for child in reversed(list(names)):
+        if _may_hold_branches(child, made):
+            name = names[child][0]
+            replacement = _fuse_in(child, name, names, made)
+            if replacement is not None and name:
+                parent, _, attribute = name.rpartition(".")
+                setattr(fused.get_submodule(parent), attribute, replacement)
+            elif replacement is not None:
+                fused = replacement
     return fused
 
 
-def block_equivalence(
-    original: nn.Module, fused: nn.Module, images: Tensor
-) -> tuple[BlockEquivalence, ...]:
-    """Compare every block of ``original`` with its counterpart in ``fused``, input by input.
-
-    ``images`` is ``[N, 3, H, W]``. Each fused block gets the input that the original block saw, so
-    one bad block does not taint those behind it. ``original`` is left as it was, train mode too.
-
-    Raises:
-        ValueError: if ``fused`` has no block of the same name.
-    """
-    blocks = {name: b for name, b in original.named_modules() if isinstance(b, RepVGGBlock)}
-    fused_blocks = dict(fused.named_modules())
-    for name in blocks.keys() - fused_blocks.keys():
-        raise ValueError(f"the fused module has no block {name}")
-    results: list[BlockEquivalence] = []
-
-    def compare(name: str, inputs: tuple[Tensor, ...], expected: Tensor) -> None:
-        difference = float((fused_blocks[name](*inputs) - expected).abs().max())
-        largest = float(expected.abs().max())
-        relative = difference / largest if largest > 0 else difference
-        results.append(BlockEquivalence(name=name, max_abs=difference, relative=relative))
-
-    with ExitStack() as stack, torch.no_grad():
-        stack.enter_context(eval_mode(original))
-        for name, block in blocks.items():
-            handle = block.register_forward_hook(
-                lambda _module, inputs, output, name=name: compare(name, inputs, output)
-            )
-            stack.callback(handle.remove)
-        original(images)
-    return tuple(results)
+def fused_convolutions(module: nn.Module) -> dict[str, FusedConv2d]:
+    """The convolution that stands for each block of a reparameterized module, by block name."""
+    found: dict[str, FusedConv2d] = {}
+    for name, child in module.named_modules():
+        if isinstance(child, FusedConv2d):
+            block, _, attribute = name.rpartition(".")
+            found[block if attribute == _FUSED_NAME and block else name] = child
+    return found
 
 
-@contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Run the body with ``module`` in eval mode, then give every submodule its own mode back."""
-    modes = [(child, child.training) for child in module.modules()]
-    module.eval()
+def _copy(module: nn.Module) -> nn.Module:
     try:
-        yield
-    finally:
-        for child, training in modes:
-            child.training = training
+        return copy.deepcopy(module).eval()
+    except RuntimeError as error:
+        # Old-style weight norm leaves a computed tensor in place of the parameter.
+        hooked = [n for n, child in module.named_modules() if child._forward_pre_hooks]
+        raise ValueError(
+            f"the module cannot be copied; {', '.join(hooked) or 'a part of it'} has hooks or "
+            f"computed weights, which fusing would drop ({str(error).splitlines()[0]})"
+        ) from error
 
 
-def _conv_and_bn(branch: nn.Sequential) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
-    return cast(nn.Conv2d, branch.conv), cast(nn.BatchNorm2d, branch.bn)
+def _may_hold_branches(module: nn.Module, made: set[nn.Module]) -> bool:
+    """Whether the module has a forward of its own above a convolution, be it just ``made``."""
+    own_forward = not type(module).__module__.startswith("torch.nn.")
+    return own_forward and any(
+        isinstance(child, nn.Conv2d) and (child in made or not isinstance(child, FusedConv2d))
+        for child in module.modules()
+    )
+
+
+def _fuse_in(
+    module: nn.Module, name: str, names: dict[nn.Module, list[str]], made: set[nn.Module]
+) -> nn.Module | None:
+    """``module`` with its own blocks fused, or None where it has none."""
+    where = f"block {name}" if name else "the module"
+    try:
+        graph = trace(module)
+    except UntraceableError as error:
+        warnings.warn(f"{where} was not searched ({error})", UntraceableWarning, stacklevel=3)
+        return None
+    try:
+        _require_used_once(module, graph, made)
+        blocks = _blocks(module, graph)
+        for block in blocks:
+            _require_unshared(module, block, names)
+        if not blocks:
+            return None
+        convolutions = [_fused_conv(block.linear, module) for block in blocks]
+    except BranchError as error:
+        raise ValueError(f"{where}: {error}") from error
+    made.update(convolutions)
+    if _is_own_block(module):
+        return _as_plain(module, convolutions[0])  # type: ignore[arg-type]
+    return _as_graph(module, graph, blocks, convolutions)
+
+
+def _only_block(module: nn.Module) -> Block:
+    blocks = _blocks(module, trace(module))
+    if len(blocks) != 1:
+        raise ValueError(f"a {type(module).__name__} holds {len(blocks)} blocks, not one")
+    return blocks[0]
+
+
+def _blocks(module: nn.Module, graph: fx.Graph) -> list[Block]:
+    """The blocks of one module; of our own class its branches, be it one, and not the gate."""
+    if _is_own_block(module):
+        return find_blocks(module, graph, least_branches=1)[:1]
+    return find_blocks(module, graph)
+
+
+def _is_own_block(module: nn.Module) -> bool:
+    return isinstance(module, RepVGGBlock) and type(module).forward is RepVGGBlock.forward
+
+
+def _fused_conv(linear: Linear, block: nn.Module) -> FusedConv2d:
+    """``linear`` as a layer in the data type and on the device of the block's weights."""
+    kernel = linear.kernel
+    assert kernel is not None
+    like = next(m.weight for m in block.modules() if isinstance(m, nn.Conv2d))
+    with torch.device("meta"):  # nothing to initialize, so no random numbers are drawn
+        conv = FusedConv2d(
+            kernel.shape[1] * linear.groups,
+            len(kernel),
+            linear.kernel_size,
+            stride=linear.stride,
+            padding=linear.padding,
+            dilation=linear.dilation,
+            groups=linear.groups,
+            padding_mode=linear.padding_mode,  # type: ignore[arg-type]
+        ).to(like.dtype)
+    conv = conv.to_empty(device=like.device)
+    assert conv.bias is not None
+    with torch.no_grad():
+        conv.weight.copy_(kernel)
+        conv.bias.copy_(linear.bias)
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in conv.parameters()):
+        raise BranchError(f"the fused kernel or bias is not finite in {like.dtype}")
+    return conv.eval()
+
+
+def _as_plain(block: RepVGGBlock, conv: FusedConv2d) -> PlainBlock:
+    plain = PlainBlock.__new__(PlainBlock)
+    nn.Module.__init__(plain)
+    plain.rbr_reparam = conv
+    plain.se = copy.deepcopy(block.se)
+    plain.se_after_relu = block.se_after_relu
+    plain.nonlinearity = copy.deepcopy(block.nonlinearity)
+    return plain.eval()
+
+
+def _as_graph(
+    module: nn.Module, graph: fx.Graph, blocks: list[Block], convolutions: list[FusedConv2d]
+) -> fx.GraphModule:
+    """The traced module with each block's nodes replaced by one call of its convolution."""
+    fused = fx.GraphModule(module, graph, class_name=type(module).__name__)
+    for index, (block, conv) in enumerate(zip(blocks, convolutions, strict=True)):
+        target = _FUSED_NAME if len(blocks) == 1 else f"{_FUSED_NAME}_{index}"
+        fused.add_submodule(target, conv)
+        with graph.inserting_before(block.output):
+            call = graph.call_module(target, (block.source,))
+        block.output.replace_all_uses_with(call)
+    graph.eliminate_dead_code()
+    fused.graph = graph
+    fused.delete_all_unused_submodules()
+    fused.recompile()
+    return fused.eval()
+
+
+def _require_used_once(module: nn.Module, graph: fx.Graph, made: set[nn.Module]) -> None:
+    calls: dict[str, int] = {}
+    for node in graph.nodes:
+        if node.op == "call_module" and module.get_submodule(str(node.target)) in made:
+            calls[str(node.target)] = calls.get(str(node.target), 0) + 1
+    for target, count in calls.items():
+        if count > 1:
+            raise BranchError(f"the block {target.rpartition('.')[0]} is used {count} times")
+
+
+def _require_unshared(module: nn.Module, block: Block, names: dict[nn.Module, list[str]]) -> None:
+    if len(names.get(module, [])) > 1:
+        raise BranchError(f"the block is used in several places: {', '.join(names[module])}")
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise BranchError("the block has hooks, which fusing would drop")
+    for leaf in block.leaves:
+        places = names.get(module.get_submodule(leaf), [])
+        if len(places) > 1:
+            raise BranchError(f"the module {leaf} is used in several places: {', '.join(places)}")

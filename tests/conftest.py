@@ -12,6 +12,7 @@ import pytest
 
 # As the command does it: tests share their cores with the processes they start.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 

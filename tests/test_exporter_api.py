@@ -13,6 +13,7 @@ from exporter.parity import compare
 from models import RepVGG, Variant, find_variant
 from models.registry import bundled_weights
 from models.repvgg import PlainBlock, RepVGGBlock
+from models.variants import Squeeze
 
 TARGET = "sm86"
 
@@ -80,7 +81,7 @@ def test_a_variant_name_exports_the_bundled_weights(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"module": torch.nn.Linear(1, 1)}, "a Linear cannot be exported"),
+        ({"module": torch.nn.Linear(1, 1)}, "a module needs example_input, a float tensor"),
         ({"module": "A0", "colour": "red"}, "unknown option colour"),
         ({"module": "A0", "calibration": [np.zeros((2, 3, 4, 4))]}, "expected float32"),
         ({"module": "A0", "calibration": np.zeros((0, 3, 4, 4), np.float32)}, "no images"),
@@ -126,6 +127,60 @@ def test_a_module_of_a_hand_made_variant_keeps_its_own_table(images, tmp_path):
         out=tmp_path / "b",
     )
     assert "tiny" == bundle.manifest["model"]["variant"]
+
+
+def small(images: np.ndarray, **changed: object) -> RepVGG:
+    """A tiny variant whose BatchNorms have seen ``images``."""
+    table = {
+        "name": "tiny", "num_blocks": (1, 1, 2, 1), "width_multiplier": (0.25, 0.25, 0.25, 0.25),
+    } | changed  # fmt: skip
+    torch.manual_seed(0)
+    module = RepVGG(Variant(**table), num_classes=5)
+    with torch.no_grad():
+        module.train()(torch.from_numpy(images))
+    return module.eval()
+
+
+def test_a_plain_module_keeps_height_and_width_open_on_request(images, tmp_path):
+    """Parity is measured at both ends of the profile; the graph is still the plain one."""
+    bundle = export(
+        small(images),
+        example_input=torch.zeros(1, 3, 32, 32),
+        precision="fp16",
+        calibration=images,
+        targets=TARGET,
+        dynamic_size="32:64:96x32:32:64",
+        out=tmp_path / "b",
+    )
+    outputs = {row["stage"]: row for row in bundle.parity["stages"]}["fp16"]["outputs"]
+    assert ["logits", "logits@96x64"] == list(outputs)
+    assert all(figures["top1_agreement"] >= 0.98 for figures in outputs.values())
+    assert {} == bundle.manifest["contract"]["allowed_extras"]
+    wide = np.random.default_rng(0).normal(size=(2, 3, 64, 48)).astype(np.float32)
+    assert (2, 5) == bundle.run(wide).shape
+
+
+def test_squeeze_and_excitation_is_an_allowed_extra(images, tmp_path):
+    """A variant with SE keeps its names and interface; its gates are listed beside the blocks."""
+    module = small(images, squeeze=Squeeze.BEFORE_RELU)
+    bundle = export(
+        module,
+        example_input=torch.zeros(1, 3, 32, 32),
+        precision="int8",
+        calibration=images,
+        targets=TARGET,
+        min_sqnr_db=12,
+        min_agreement=0.5,
+        out=tmp_path / "b",
+    )
+    contract = bundle.manifest["contract"]
+    assert (6, 18) == (contract["blocks"], contract["convolutions"])
+    assert 12 == contract["allowed_extras"]["Conv"]
+    assert 6 == contract["allowed_extras"]["Sigmoid"]
+    assert module.variant.deploy_parameters(5) == bundle.manifest["model"]["parameters"]
+    assert [["images"], ["logits"]] == [
+        [port["name"] for port in bundle.manifest[key]] for key in ("inputs", "outputs")
+    ]
 
 
 def test_a_module_in_train_mode_is_exported_in_eval_mode_and_said_so(network, images, tmp_path):

@@ -546,3 +546,57 @@ def test_json_has_no_nan(value: float) -> None:
 def test_json_ends_with_one_newline() -> None:
     """Files end as text files do, and read back unchanged."""
     assert '{\n  "a": [\n    1\n  ]\n}\n' == dumps({"a": [1]})
+
+
+def publish_two(out: Path) -> Bundle:
+    """A bundle of a network with two inputs and two outputs, height and width open."""
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    two (float[batch,3,height,width] image, float[batch,3] shift)
+        => (float[batch,3] mean, float[batch,3,1,1] pooled) {
+        pooled = GlobalAveragePool (image)
+        flat = Flatten (pooled)
+        mean = Add (flat, shift)
+    }
+    """
+    image = np.arange(144, dtype=np.float32).reshape(2, 3, 4, 6)
+    pooled = image.mean(axis=(2, 3), keepdims=True)
+    shift = np.ones((2, 3), np.float32)
+    with BundleWriter(out) as writer:
+        writer.write_text(PARITY, dumps({"verdict": "pass", "stages": []}))
+        onnx.save(onnx.parser.parse_model(text), writer.path(MODEL))
+        mean = pooled[:, :, 0, 0] + shift
+        np.savez(writer.path(REFERENCE), image=image, shift=shift, mean=mean, pooled=pooled)
+        return writer.publish(
+            {
+                "spec": {"precision": "fp32"},
+                "inputs": [
+                    {"name": "image", "shape": ["batch", 3, "height", "width"]},
+                    {"name": "shift", "shape": ["batch", 3]},
+                ],
+                "outputs": [{"name": "mean", "shape": []}, {"name": "pooled", "shape": []}],
+            }
+        )
+
+
+def test_several_inputs_and_outputs_run_as_tuple_and_dict(tmp_path: Path) -> None:
+    """reference() gives what run() takes and returns; open sizes are any size."""
+    bundle = publish_two(tmp_path / "out")
+    inputs, outputs = bundle.reference()
+    found = bundle.run(inputs)
+    assert ["mean", "pooled"] == list(outputs) == list(found)
+    np.testing.assert_allclose(outputs["mean"], found["mean"], rtol=1e-6)
+    image, shift = inputs
+    assert (2, 3) == bundle.run((image[:, :, :2, :3], shift))["mean"].shape
+
+
+def test_wrong_numbers_of_inputs_are_refused(tmp_path: Path) -> None:
+    """One array for two inputs, and inputs of different batch, are named."""
+    bundle = publish_two(tmp_path / "out")
+    image, shift = bundle.reference()[0]
+    with pytest.raises(InputError, match="1 arrays were passed, expected 2: image, shift"):
+        bundle.run(image)
+    with pytest.raises(InputError, match=r"input is float32 \[1, 3\], expected float32 \[N, 3\]"):
+        bundle.run((image, shift[:1]))
+    with pytest.raises(InputError, match=r"expected float32 \[N, 3, height, width\]"):
+        bundle.run((image[:, :2], shift))

@@ -56,7 +56,7 @@ def images(count: int = 37) -> np.ndarray:
 def test_boundaries_are_what_int8_kernels_read() -> None:
     """The images, every ReLU's output but the last, and the flattened features, in order."""
     assert ("images", "y0", "y1", "f") == boundary_tensors(graph())
-    assert ["images", "y0", "y1", "f"] == list(observe_boundaries(graph(), [images()]))
+    assert ["images", "y0", "y1", "f"] == list(observe_boundaries(graph(), [(images(),)]))
 
 
 def test_a_boundary_that_two_layers_read_is_listed_once() -> None:
@@ -68,7 +68,7 @@ def test_a_boundary_that_two_layers_read_is_listed_once() -> None:
 
 def test_every_value_of_every_image_is_counted() -> None:
     """Counts are images x elements; the images' own range is exact; ReLU outputs start at 0."""
-    observers = observe_boundaries(graph(), [images()[:20], images()[20:]])
+    observers = observe_boundaries(graph(), [(images()[:20],), (images()[20:],)])
     sizes = {"images": 3 * 64, "y0": 8 * 16, "y1": 8 * 16, "f": 8}
     assert {name: 37 * size for name, size in sizes.items()} == {
         name: observer.count for name, observer in observers.items()
@@ -85,7 +85,7 @@ def test_scales_do_not_depend_on_the_batch_size(method: Method) -> None:
     """One image a step, 7 or all at once give the same scales up to float rounding."""
     scales = []
     for size in (1, 7, 37):
-        batches = (images()[start : start + size] for start in range(0, 37, size))
+        batches = ((images()[start : start + size],) for start in range(0, 37, size))
         observers = observe_boundaries(graph(), batches)
         scales.append([activation_scale(observer, method) for observer in observers.values()])
     # One bin of the histogram is what rounding can move a clip value by.
@@ -96,17 +96,17 @@ def test_scales_do_not_depend_on_the_batch_size(method: Method) -> None:
 def test_progress_counts_images() -> None:
     """After each batch the number of images done so far is reported."""
     seen: list[int] = []
-    observe_boundaries(graph(), [images(5), images(1), images(3)], seen.append)
+    observe_boundaries(graph(), [(images(n),) for n in (5, 1, 3)], seen.append)
     assert [5, 6, 9] == seen
     seen.clear()
-    calibrate(graph(), ArrayImages(array=images()), "minmax", PREPROCESS, seen.append)
+    calibrate(graph(), ArrayImages.of(images()), "minmax", PREPROCESS, seen.append)
     assert 37 == seen[-1]
     assert sorted(set(seen)) == seen
 
 
 def test_the_table_records_what_it_was_made_from(tmp_path: Path) -> None:
     """Hash of the graph as saved, hash and number of the images, method and preprocessing."""
-    model, data = graph(), ArrayImages(array=images())
+    model, data = graph(), ArrayImages.of(images())
     onnx.save(model, tmp_path / "model.onnx")
     table = calibrate(model, data, "minmax", PREPROCESS)
     saved = hashlib.sha256((tmp_path / "model.onnx").read_bytes()).hexdigest()
@@ -118,13 +118,13 @@ def test_the_table_records_what_it_was_made_from(tmp_path: Path) -> None:
 
 def test_the_percentile_is_recorded_where_it_was_used() -> None:
     """Only the percentile method has one."""
-    data = ArrayImages(array=images())
+    data = ArrayImages.of(images())
     assert PERCENTILE == calibrate(graph(), data, "percentile", PREPROCESS).percentile
 
 
 def test_minmax_scales_are_the_largest_magnitude_over_127() -> None:
     """The scale, range and clip value of the input follow from the images alone."""
-    table = calibrate(graph(), ArrayImages(array=images()), "minmax", PREPROCESS)
+    table = calibrate(graph(), ArrayImages.of(images()), "minmax", PREPROCESS)
     largest = float(np.abs(images()).max())
     assert float(np.float32(largest / 127)) == table.activation_scales["images"]
     assert largest == table.ranges["images"].threshold
@@ -137,7 +137,7 @@ def test_minmax_scales_are_the_largest_magnitude_over_127() -> None:
 @pytest.mark.parametrize("method", [method.value for method in Method])
 def test_a_table_fits_its_graph(method: str) -> None:
     """Every method's table has exactly the scales that the quantizer asks for."""
-    table = calibrate(graph(), ArrayImages(array=images()), method, PREPROCESS)
+    table = calibrate(graph(), ArrayImages.of(images()), method, PREPROCESS)
     assert set(boundary_tensors(graph())) == set(table.activation_scales)
     assert 4 == sum(n.op_type == "QuantizeLinear" for n in quantize(graph(), table).graph.node)
 
@@ -145,7 +145,7 @@ def test_a_table_fits_its_graph(method: str) -> None:
 def test_the_graph_is_untouched() -> None:
     """Exposing the boundary tensors does not edit the caller's graph."""
     model = graph()
-    calibrate(model, ArrayImages(array=images(2)), "minmax", PREPROCESS)
+    calibrate(model, ArrayImages.of(images(2)), "minmax", PREPROCESS)
     assert graph() == model
 
 
@@ -154,7 +154,7 @@ def test_a_tensor_that_is_not_finite_is_named(value: float) -> None:
     """A bias of NaN or Inf in the second layer is found in the tensor behind it."""
     model = graph(b1=np.full(8, value))
     with pytest.raises(InputError, match=r"calibration failed: tensor 'y1', images 0 to 15: .*NaN"):
-        calibrate(model, ArrayImages(array=images()), "minmax", PREPROCESS)
+        calibrate(model, ArrayImages.of(images()), "minmax", PREPROCESS)
 
 
 def test_a_nan_in_an_image_is_found_in_the_input() -> None:
@@ -162,13 +162,13 @@ def test_a_nan_in_an_image_is_found_in_the_input() -> None:
     data = images()
     data[20, 1, 2, 3] = np.nan
     with pytest.raises(InputError, match="tensor 'images', images 16 to 31: 1 of 3072"):
-        calibrate(graph(), ArrayImages(array=data), "minmax", PREPROCESS)
+        calibrate(graph(), ArrayImages.of(data), "minmax", PREPROCESS)
 
 
 def test_no_images_is_an_error() -> None:
     """An empty set is refused; no default range is made up."""
     with pytest.raises(InputError, match="there are no calibration images"):
-        calibrate(graph(), ArrayImages(array=images()[:0]), "minmax", PREPROCESS)
+        calibrate(graph(), ArrayImages.of(images()[:0]), "minmax", PREPROCESS)
 
 
 def test_an_unreadable_image_is_named(tmp_path: Path) -> None:
@@ -188,8 +188,8 @@ def test_a_folder_is_calibrated_like_its_arrays(tmp_path: Path) -> None:
         pixels = generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{index}.png")
     folder = FolderImages.open(tmp_path, PREPROCESS, "mine", count=9, skip_bad=False)
-    array = np.concatenate(list(folder.batches()))
+    array = np.concatenate([images for (images,) in folder.batches()])
     from_files = calibrate(graph(), folder, "mse", PREPROCESS)
-    from_array = calibrate(graph(), ArrayImages(array=array), "mse", PREPROCESS)
+    from_array = calibrate(graph(), ArrayImages.of(array), "mse", PREPROCESS)
     assert from_array.activation_scales == from_files.activation_scales
     assert folder.folder.sha256() == from_files.data_sha256

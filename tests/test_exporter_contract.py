@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import onnx
@@ -10,9 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from exporter.contract import ContractVerdict, judge, require
+from exporter.contract import (
+    BlockConvolution,
+    ContractVerdict,
+    judge,
+    require,
+    require_blocks,
+)
 from exporter.errors import GateFailedError
-from models.variants import VARIANTS, Variant
+from models.variants import VARIANTS, Squeeze, Variant
 
 SMALL = Variant(
     name="B1g2", num_blocks=(1, 2, 2, 1), width_multiplier=(0.25, 0.25, 0.25, 0.25), groups=2
@@ -123,20 +130,24 @@ def verdict(change: Mutation | None = None, variant: Variant = SMALL) -> Contrac
     return judge(model, variant, CLASSES)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+PLAIN_NAMES = [name for name, variant in VARIANTS.items() if variant.squeeze is Squeeze.NONE]
+
+
+@pytest.mark.parametrize("name", PLAIN_NAMES)
 def test_every_published_variant_passes(name: str) -> None:
     """A graph with exactly a variant's operators and shapes has no violation."""
     variant = VARIANTS[name]
-    found = judge(plain(variant, 1000), variant, 1000)
-    assert ContractVerdict(convolutions=len(variant.layers), violations=()) == found
+    found, n = judge(plain(variant, 1000), variant, 1000), len(variant.layers)
+    assert ContractVerdict(convolutions=n, violations=(), blocks=n) == found
     assert found.passed
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", PLAIN_NAMES)
 def test_a_variant_is_no_other_variant(name: str) -> None:
     """Each variant's graph breaks the contract of all twelve others."""
     model = plain(VARIANTS[name], 1000)
-    assert [name] == [other for other in VARIANTS if judge(model, VARIANTS[other], 1000).passed]
+    passed = [n for n in PLAIN_NAMES if judge(model, VARIANTS[n], 1000).passed]
+    assert [name] == passed
 
 
 CHANGES: dict[str, tuple[Mutation, str]] = {
@@ -290,7 +301,7 @@ def test_a_violation_is_named_with_its_node(what: str) -> None:
 def test_a_single_attribute_is_a_single_violation() -> None:
     """A wrong stride is reported once, and the convolutions are counted all the same."""
     change, expected = CHANGES["stride"]
-    assert ContractVerdict(convolutions=7, violations=(expected,)) == verdict(change)
+    assert ContractVerdict(convolutions=7, violations=(expected,), blocks=7) == verdict(change)
 
 
 def test_a_gemm_without_transb_passes() -> None:
@@ -339,7 +350,8 @@ def test_an_empty_graph_is_a_verdict() -> None:
 
 def test_require_returns_the_verdict_of_a_good_graph() -> None:
     """A plain graph comes back with its number of convolutions."""
-    assert ContractVerdict(convolutions=7, violations=()) == require(plain(), SMALL, CLASSES)
+    expected = ContractVerdict(convolutions=7, violations=(), blocks=7)
+    assert expected == require(plain(), SMALL, CLASSES)
 
 
 def test_require_names_the_first_violation_and_counts_the_rest() -> None:
@@ -422,3 +434,73 @@ def test_any_single_mutation_is_a_violation(mutation: tuple[str, Mutation]) -> N
     """No single change of an attribute, shape, operator or wire leaves the contract intact."""
     what, change = mutation
     assert not verdict(change).passed, what
+
+
+BLOCKS = """
+<ir_version: 8, opset_import: ["" : 17]>
+custom (float[batch,4,8,8] image) => (float[batch,4,8,8] output) {
+    ["a.rbr_reparam.conv"] x = Conv <pads = [2,2,2,2], dilations = [2,2]> (image, "a.weight", ab)
+    ["a.act.relu"] y = Relu (x)
+    ["b.rbr_reparam.conv"] z = Conv <pads = [1,1,1,1], group = 2> (y, "b.weight", bb)
+    ["side.conv"] s = Conv (y, sw, sb)
+    ["add"] t = Add (z, s)
+    ["relu"] output = Relu (t)
+}
+"""
+BLOCK_SHAPES = {
+    "a.weight": (4, 4, 3, 3), "ab": (4,), "b.weight": (4, 2, 3, 3), "bb": (4,),
+    "sw": (4, 4, 1, 1), "sb": (4,),
+}  # fmt: skip
+EXPECTED = {
+    "a": BlockConvolution(
+        weight="a.weight", weight_shape=(4, 4, 3, 3), strides=(1, 1), pads=(2, 2, 2, 2),
+        dilations=(2, 2), groups=1,
+    ),
+    "b": BlockConvolution(
+        weight="b.weight", weight_shape=(4, 2, 3, 3), strides=(1, 1), pads=(1, 1, 1, 1),
+        dilations=(1, 1), groups=2,
+    ),
+}  # fmt: skip
+
+
+def custom(text: str = BLOCKS) -> onnx.ModelProto:
+    model = onnx.parser.parse_model(text)
+    for name, shape in BLOCK_SHAPES.items():
+        zeros = [0.0] * math.prod(shape)
+        model.graph.initializer.append(helper.make_tensor(name, TensorProto.FLOAT, shape, zeros))
+    return model
+
+
+def test_every_fused_block_is_one_convolution_and_the_rest_is_listed() -> None:
+    """Blocks and the ReLU behind a block are no extras; everything else is counted."""
+    verdict = require_blocks(custom(), EXPECTED, "Net")
+    assert (3, 2, ()) == (verdict.convolutions, verdict.blocks, verdict.violations)
+    assert {"Add": 1, "Conv": 1, "Relu": 1} == verdict.extras
+    assert {
+        "verdict": "pass", "convolutions": 3, "blocks": 2,
+        "allowed_extras": {"Add": 1, "Conv": 1, "Relu": 1},
+    } == verdict.to_json()  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ('"b.weight", bb', "sw2, bb", "block b is 0 convolutions, expected 1"),
+        ("(y, sw, sb)", '(y, "b.weight", sb)',
+         "block b is 2 convolutions (b.rbr_reparam.conv, side.conv), expected 1"),
+        ("dilations = [2,2]", "dilations = [1,1]", "dilations is [1, 1], expected [2, 2]"),
+        ("pads = [1,1,1,1], group", "pads = [1,1,0,0], group", "pads is [1, 1, 0, 0], expected"),
+        ("group = 2", "group = 4", "block b: node b.rbr_reparam.conv: group is 4, expected 2"),
+        ("pads = [2,2,2,2],", "pads = [2,2,2,2], strides = [2,1],", "strides is [2, 1], expected"),
+        ("ab)", "sw)", "block a: node a.rbr_reparam.conv: bias shape is (4, 4, 1, 1), expected"),
+        ('["a.act.relu"] y = Relu (x)', '["bn"] y = BatchNormalization (x, ab, ab, ab, ab)',
+         "node bn is a BatchNormalization behind a fused block"),
+    ],
+)  # fmt: skip
+def test_a_block_that_is_not_there_is_named(before: str, after: str, said: str) -> None:
+    """Missing, doubled and changed blocks fail the gate, each with its block's name."""
+    assert before in BLOCKS
+    model = custom(BLOCKS.replace(before, after))
+    with pytest.raises(GateFailedError, match="the graph is not the reparameterized Net: ") as info:
+        require_blocks(model, EXPECTED, "Net")
+    assert said in str(info.value)

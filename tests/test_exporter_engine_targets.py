@@ -256,3 +256,13 @@ def test_importing_the_room_loads_only_the_standard_library():
     )
 
     assert done.stdout.strip() == "[]"
+
+
+def test_pointwise_convolutions_outside_the_blocks_may_run_as_matrix_products():
+    """A layer table that lacks up to that many convolutions still vouches for the others."""
+    seen = summary(sm86=figures(0, 21, 0))
+    check_engine(seen, Precision.FP16, 22, pointwise=1)
+    with pytest.raises(GateFailedError, match="21 convolution kernels where the network has 22"):
+        check_engine(seen, Precision.FP16, 22)
+    with pytest.raises(GateFailedError, match="only 20 of 21"):
+        check_engine(summary(sm86=figures(0, 20, 1)), Precision.FP16, 22, pointwise=1)

@@ -25,7 +25,8 @@ from exporter.engine import (
 )
 from exporter.engine.build_log import read_layers, read_records
 from exporter.errors import GateFailedError, InputError
-from exporter.spec import BatchProfile, Precision
+from exporter.profiles import BatchProfile
+from exporter.spec import Precision
 from models.variants import ConvLayer, find_variant
 
 onnx = pytest.importorskip("onnx")
@@ -365,7 +366,7 @@ def test_strange_folders_where_the_program_runs_do_not_matter(tmp_path: Path):
     program.write_text(
         "from pathlib import Path\n"
         "from exporter.engine import BuildRequest, get_backend\n"
-        "from exporter.spec import BatchProfile, Precision\n"
+        "from exporter.profiles import BatchProfile; from exporter.spec import Precision\n"
         f"request = BuildRequest(onnx_path=Path({str(model)!r}), precision=Precision.FP16,\n"
         "                       targets=('sm86',), batch=BatchProfile(1, 1, 1))\n"
         "print(get_backend('auto').build(request, lambda *_: None).summary.convolutions.half)\n"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,11 @@ import pytest
 from exporter.engine import protocol
 from exporter.engine.backend import BuildRequest
 from exporter.engine.protocol import Result, Status
+from exporter.engine.worker import _BadInputError, _profile_shapes
 from exporter.engine.worker_process import run_worker
 from exporter.errors import EnvironmentLackError, GateFailedError, InputError
-from exporter.spec import BatchProfile, Precision
+from exporter.profiles import BatchProfile, SizeProfile
+from exporter.spec import Precision
 
 REQUEST = BuildRequest(
     onnx_path=Path("model.onnx"),
@@ -232,7 +235,7 @@ def test_sigint_to_the_whole_program_leaves_nothing(tmp_path: Path, temporary_fo
         "from pathlib import Path\n"
         "from exporter.engine import BuildRequest\n"
         "from exporter.engine.worker_process import run_worker\n"
-        "from exporter.spec import BatchProfile, Precision\n"
+        "from exporter.profiles import BatchProfile; from exporter.spec import Precision\n"
         f"tempfile.tempdir = {str(temporary_folder)!r}\n"
         "request = BuildRequest(onnx_path=Path('m'), precision=Precision.FP16,\n"
         "                       targets=('sm86',), batch=BatchProfile(1, 1, 1))\n"
@@ -253,3 +256,30 @@ def test_sigint_to_the_whole_program_leaves_nothing(tmp_path: Path, temporary_fo
     process.wait(20)
 
     assert not is_alive(int(pid_file.read_text()))
+
+
+REQUEST_SIZED = replace(
+    REQUEST, batch=BatchProfile(1, 2, 4), size=SizeProfile((8, 16, 24), (8, 8, 8))
+)
+
+
+def test_open_extents_come_from_the_profiles():
+    """Batch, height and width are filled in; what is fixed stays; a vector has a batch only."""
+    image = _profile_shapes("image", (-1, 3, -1, -1), REQUEST_SIZED)
+    assert image == [[1, 3, 8, 8], [2, 3, 16, 8], [4, 3, 24, 8]]
+    assert _profile_shapes("v", (-1, 5), REQUEST_SIZED) == [[1, 5], [2, 5], [4, 5]]
+    assert _profile_shapes("image", (-1, 3, 7, 9), REQUEST_SIZED)[0] == [1, 3, 7, 9]
+
+
+def test_other_open_extents_are_refused():
+    """Without a size profile height must be fixed; with one, channels must."""
+    with pytest.raises(_BadInputError, match=r"only the batch may be open"):
+        _profile_shapes("image", (-1, 3, -1, 8), replace(REQUEST_SIZED, size=None))
+    with pytest.raises(_BadInputError, match=r"only batch, height and width may be open"):
+        _profile_shapes("image", (-1, -1, -1, 8), REQUEST_SIZED)
+
+
+def test_a_size_profile_travels_to_the_worker():
+    """It is in the request as text and reads back."""
+    text = json.dumps(protocol.request_to_json(REQUEST_SIZED))
+    assert protocol.request_from_json(text).size == REQUEST_SIZED.size

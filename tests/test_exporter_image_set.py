@@ -11,7 +11,7 @@ from PIL import Image
 
 from calibration.images import Preprocess
 from exporter.errors import InputError
-from exporter.image_set import ArrayImages, FolderImages, logits_of
+from exporter.image_set import ArrayImages, FolderImages, outputs_of
 from exporter.onnx_runner import BATCH_SIZE
 
 PREPROCESS = Preprocess(image_size=(8, 8), crop_fraction=1.0)
@@ -72,7 +72,7 @@ def test_bad_images_are_skipped_and_counted_on_request(animals: Path) -> None:
     images = opened(animals, skip_bad=True)
     assert (2, 1) == (images.count, images.skipped)
     assert (2, 1) == (images.to_json()["images"], images.to_json()["skipped"])
-    assert (2, 3, 8, 8) == np.concatenate(list(images.batches())).shape
+    assert (2, 3, 8, 8) == np.concatenate([batch for (batch,) in images.batches()]).shape
     labels = images.labels(None, 2)
     assert labels is not None
     assert [0, 1] == labels.tolist()
@@ -134,7 +134,7 @@ def test_the_hash_follows_the_contents(animals: Path) -> None:
 
 def test_arrays_carry_no_labels() -> None:
     """Preprocessed arrays are images only."""
-    images = ArrayImages(array=np.zeros((3, 3, 8, 8), np.float32))
+    images = ArrayImages.of(np.zeros((3, 3, 8, 8), np.float32))
     assert images.labels(["a", "b"], 2) is None
     assert (3, "arrays passed by the caller") == (images.count, images.description)
 
@@ -142,7 +142,7 @@ def test_arrays_carry_no_labels() -> None:
 def test_array_batches_are_the_array_in_order() -> None:
     """Batches have at most BATCH_SIZE images and add up to the array."""
     array = np.arange(2 * BATCH_SIZE + 3, dtype=np.float32).reshape(-1, 1, 1, 1)
-    batches = list(ArrayImages(array=array).batches())
+    batches = [batch for (batch,) in ArrayImages.of(array).batches()]
     assert [BATCH_SIZE, BATCH_SIZE, 3] == [len(batch) for batch in batches]
     np.testing.assert_array_equal(array, np.concatenate(batches))
 
@@ -151,19 +151,46 @@ def test_the_hash_of_arrays_is_that_of_their_bytes() -> None:
     """sha256 over the values in C order, whatever the memory layout."""
     array = np.random.default_rng(0).standard_normal((3, 4, 5, 6)).astype(np.float32)
     expected = hashlib.sha256(array.tobytes()).hexdigest()
-    assert expected == ArrayImages(array=array).to_json()["sha256"]
-    assert expected == ArrayImages(array=np.asfortranarray(array)).to_json()["sha256"]
+    assert expected == ArrayImages.of(array).to_json()["sha256"]
+    assert expected == ArrayImages.of(np.asfortranarray(array)).to_json()["sha256"]
 
 
-def test_logits_of_runs_every_batch_in_order() -> None:
+def test_outputs_of_runs_every_batch_in_order() -> None:
     """The network sees each batch once; its answers are concatenated."""
     array = np.arange(BATCH_SIZE + 5, dtype=np.float32).reshape(-1, 1, 1, 1)
     sizes: list[int] = []
 
-    def run(batch: np.ndarray) -> np.ndarray:
+    def run(inputs: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
+        (batch,) = inputs
         sizes.append(len(batch))
-        return np.concatenate([batch[:, :, 0, 0], -batch[:, :, 0, 0]], axis=1)
+        return {"logits": np.concatenate([batch[:, :, 0, 0], -batch[:, :, 0, 0]], axis=1)}
 
-    logits = logits_of(run, ArrayImages(array=array))
+    outputs = outputs_of(run, ArrayImages.of(array).batches())
     assert [BATCH_SIZE, 5] == sizes
-    np.testing.assert_array_equal(np.stack([array.ravel(), -array.ravel()], axis=1), logits)
+    expected = np.stack([array.ravel(), -array.ravel()], axis=1)
+    np.testing.assert_array_equal(expected, outputs["logits"])
+
+
+def test_batches_of_another_size_have_outputs_of_their_own() -> None:
+    """The size of the first batch is unmarked; ``@HxW`` marks the others."""
+    sizes = [(2, 4, 6), (3, 4, 6), (1, 8, 4)]
+    chunks = tuple((np.ones((n, 1, h, w), np.float32),) for n, h, w in sizes)
+    found = outputs_of(
+        lambda batch: {"sum": batch[0].sum((2, 3))}, ArrayImages(chunks=chunks).batches()
+    )
+    assert {"sum": (5, 1), "sum@8x4": (1, 1)} == {name: v.shape for name, v in found.items()}
+
+
+def test_several_inputs_travel_together() -> None:
+    """Each batch has the same images of every input; how they were passed does not matter."""
+    left = np.arange(40, dtype=np.float32).reshape(40, 1)
+    right = -left.reshape(40, 1, 1)
+    whole = ArrayImages.of(left, right)
+    parts = ArrayImages(chunks=((left[:7], right[:7]), (left[7:], right[7:])))
+    assert whole.to_json() == parts.to_json()
+    assert (40, 40) == (whole.count, parts.count)
+    for images in (whole, parts):
+        batches = list(images.batches())
+        assert [16, 16, 8] == [len(batch[0]) for batch in batches]
+        for first, second in batches:
+            np.testing.assert_array_equal(first.ravel(), -second.ravel())

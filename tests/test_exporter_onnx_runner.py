@@ -36,7 +36,7 @@ def images(count: int) -> np.ndarray:
 def test_running_in_chunks_equals_one_run(count: int, optimize: bool) -> None:
     """Long inputs are cut into chunks; the answer is that of all images at once, in order."""
     runner = OnnxRunner(graph(), optimize=optimize)
-    whole = runner.run_all(images(count))["logits"]
+    whole = runner.run((images(count),))["logits"]
     expected = np.maximum(images(count), 0).mean(axis=(2, 3))
     np.testing.assert_allclose(expected, whole, atol=1e-6)
     np.testing.assert_array_equal(whole, runner(images(count)))
@@ -53,8 +53,8 @@ def test_inner_tensors_can_be_asked_for() -> None:
     """with_outputs exposes tensors by name, and the original graph keeps its own outputs."""
     model = graph()
     runner = OnnxRunner(with_outputs(model, ["y", "p"]))
-    assert (["y", "p"], "images") == (runner.output_names, runner.input_name)
-    values = runner.run_all(images(2))
+    assert (["y", "p"], ["images"]) == (runner.output_names, runner.input_names)
+    values = runner.run((images(2),))
     np.testing.assert_array_equal(np.maximum(images(2), 0), values["y"])
     assert (2, 2, 1, 1) == values["p"].shape
     assert graph() == model

@@ -22,6 +22,7 @@ from exporter.parity import (
     accuracy,
     compare,
     judge,
+    judge_outputs,
     not_run,
 )
 
@@ -157,7 +158,7 @@ def test_violations_give_both_figures() -> None:
     bad = Comparison(max_abs=3.0, relative=0.25, sqnr_db=12.34, cosine=0.5, top1_agreement=0.905)
     gate = Gate(max_relative=1e-4, min_sqnr_db=25.0, min_top1_agreement=0.98)
     assert [
-        "largest difference is 0.25 of the logits' range, allowed 0.0001",
+        "largest difference is 0.25 of the output's range, allowed 0.0001",
         "SQNR is 12.3 dB, required 25 dB",
         "top-1 agreement is 90.5 %, required 98 %",
     ] == gate.violations(bad)
@@ -321,3 +322,49 @@ def test_accuracy_is_the_fraction_of_right_answers() -> None:
     logits = array([1, 0], [0, 1], [1, 0], [1, 0])
     assert 0.75 == accuracy(logits, np.array([0, 1, 0, 1]))
     assert accuracy(logits, None) is None
+
+
+def test_without_a_classifier_there_is_no_agreement() -> None:
+    """Feature maps are compared value by value; the agreement is null and not gated."""
+    r = np.arange(24, dtype=np.float32).reshape(2, 3, 2, 2)
+    result = judge("int8", r, r[:, ::-1] * 0 + r * np.float32(1.01), classifier=False)
+    assert ("pass", {"min_sqnr_db": 25.0}) == (result.status, result.to_json()["tolerance"])
+    assert result.to_json()["top1_agreement"] is None
+    assert pytest.approx(40, abs=0.01) == result.to_json()["sqnr_db"]
+
+
+def test_the_worst_output_speaks_for_the_stage() -> None:
+    """With several outputs the row has the lowest SQNR's figures and all of them beside."""
+    r = {"a": array([1, 2]), "b": array([3, 4])}
+    y = {"a": array([1, 2.02]), "b": array([3, 4.4])}
+    row = judge_outputs("int8", r, y, gate=Gate(min_sqnr_db=15.0), classifier=False)
+    document = row.to_json()
+    assert ["a", "b"] == list(document["outputs"])
+    assert document["sqnr_db"] == document["outputs"]["b"]["sqnr_db"]
+    assert document["outputs"]["a"]["sqnr_db"] > document["outputs"]["b"]["sqnr_db"]
+    assert "pass" == row.status
+
+
+def test_one_bad_output_fails_the_stage_by_name() -> None:
+    """A failing output is named, even if another one has the lower SQNR but cannot fail."""
+    r = {"good": array([1, 2]), "bad": array([3, 4])}
+    row = judge_outputs("onnx", r, {"good": r["good"], "bad": array([3, 5])}, classifier=False)
+    assert "fail" == row.status
+    assert str(row.reason).startswith("output bad: largest difference is 1 of the output's range")
+    shape = judge_outputs("onnx", r, {"good": r["good"], "bad": array([3])}, classifier=False)
+    assert "output bad: output shape is [1, 1], expected [1, 2]" == shape.reason
+    assert ["good"] == list(shape.outputs)
+
+
+def test_outputs_that_come_and_go_fail() -> None:
+    """The names must be the original's."""
+    row = judge_outputs("onnx", {"a": array([1, 2])}, {"b": array([1, 2])})
+    assert ("fail", "the outputs are not the original's: a, b") == (row.status, row.reason)
+
+
+def test_one_output_is_judged_as_ever() -> None:
+    """A single output's row is that of judge, accuracy included, and has no breakdown."""
+    r, labels = array([1, 2], [4, 3]), np.array([1, 1])
+    row = judge_outputs("onnx", {"logits": r}, {"logits": r}, labels=labels)
+    assert judge("onnx", r, r, labels=labels) == row
+    assert "outputs" not in row.to_json()

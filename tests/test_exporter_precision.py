@@ -127,7 +127,7 @@ def test_magnitudes_are_those_of_a_direct_computation() -> None:
     logits = np.maximum(x1, 0).mean(axis=(2, 3)) @ parameters["w2"].T + parameters["b2"]
     expected = {name: float(np.abs(x).max()) for name, x in
                 {"x0": x0, "x1": x1, "logits": logits}.items()}  # fmt: skip
-    actual = largest_magnitudes(model, iter([data[:4], data[4:]]))
+    actual = largest_magnitudes(model, iter([(data[:4],), (data[4:],)]))
     assert list(expected) == list(actual)
     assert expected == pytest.approx(dict(actual), rel=1e-5)
 
@@ -135,20 +135,20 @@ def test_magnitudes_are_those_of_a_direct_computation() -> None:
 def test_magnitudes_read_the_batches_once() -> None:
     """The batches may be a generator; the maximum of any batch counts."""
 
-    def stream() -> Iterator[np.ndarray]:
-        yield images(2)
-        yield 100 * images(2)
-        yield images(2)
+    def stream() -> Iterator[tuple[np.ndarray]]:
+        yield (images(2),)
+        yield (100 * images(2),)
+        yield (images(2),)
 
-    whole = largest_magnitudes(graph(), [100 * images(2)])
+    whole = largest_magnitudes(graph(), [(100 * images(2),)])
     assert dict(whole) == dict(largest_magnitudes(graph(), stream()))
 
 
 @pytest.mark.parametrize("position", [0, 1])
 def test_a_nan_activation_is_not_lost(position: int) -> None:
     """A NaN in any batch makes the magnitude NaN, which the range check refuses."""
-    batches = [images(1), images(1)]
-    batches[position] = np.full((1, 3, 8, 8), np.nan, dtype=np.float32)
+    batches = [(images(1),), (images(1),)]
+    batches[position] = (np.full((1, 3, 8, 8), np.nan, dtype=np.float32),)
     magnitudes = largest_magnitudes(graph(), batches)
     assert math.isnan(magnitudes["x0"])
     with pytest.raises(GateFailedError, match="half overflow in x0: its values reach nan"):
@@ -176,3 +176,108 @@ def test_what_is_not_within_half_is_refused(value: float) -> None:
     """Infinity, NaN and the next number after 65504 do not fit."""
     with pytest.raises(GateFailedError, match="half overflow in stage0"):
         require_half_range({"stage0": value})
+
+
+GENERAL = """
+<ir_version: 8, opset_import: ["" : 17]>
+general (float[batch,3,height,width] image, float[batch,8] shift)
+    => (float[batch,8,h,w] map, float[batch,4] scores)
+    <float[4] up = {1, 1, 2, 2}, float low = {0}, float high = {6}, int64[2] axes = {2, 3},
+     int64[1] from = {2}, int64[1] to = {4}, float two = {2}> {
+    ["stem.conv"] x = Conv <pads = [1,1,1,1]> (image, w0, b0)
+    ["clip"] y = Clip (x, low, high)
+    ["unsqueeze"] s = Unsqueeze (shift, axes)
+    ["add"] z = Add (y, s)
+    ["resize"] r = Resize <mode = "linear"> (z, , up)
+    ["scale"] t = Mul (r, two)
+    ["constant"] half = Constant <value_float = 0.5> ()
+    ["scaled"] map = Mul (t, half)
+    ["shape"] all = Shape (image)
+    ["slice"] sides = Slice (all, from, to)
+    ["to_float"] fsides = Cast <to = 1> (sides)
+    ["area"] area = ReduceProd <keepdims = 0> (fsides)
+    ["sum"] total = ReduceSum <keepdims = 0> (map, axes)
+    ["mean"] m = Div (total, area)
+    ["doubled"] d = Mul (area, two)
+    ["norm"] n = Div (m, d)
+    ["linear"] scores = MatMul (n, w2t)
+}
+"""
+
+
+def general() -> onnx.ModelProto:
+    model = onnx.parser.parse_model(GENERAL)
+    generator = np.random.default_rng(0)
+    for name, shape in {"w0": (8, 3, 3, 3), "b0": (8,), "w2t": (8, 4)}.items():
+        array = 0.3 * generator.standard_normal(shape)
+        model.graph.initializer.append(numpy_helper.from_array(array.astype(np.float32), name))
+    onnx.checker.check_model(model)
+    return model
+
+
+def general_inputs() -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(1)
+    image = generator.standard_normal((3, 3, 40, 60)).astype(np.float32)
+    return image, generator.standard_normal((3, 8)).astype(np.float32)
+
+
+def test_several_inputs_and_outputs_keep_their_types() -> None:
+    """Each float input gets a Cast, each float output another; the interface is unchanged."""
+    half = to_half(general())
+    assert list(general().graph.input) == list(half.graph.input)
+    assert list(general().graph.output) == list(half.graph.output)
+    casts = [node for node in half.graph.node if node.name.endswith(".cast")]
+    assert [
+        "image.cast",
+        "shift.cast",
+        "area.half.cast",
+        "d.half.cast",
+        "map.cast",
+        "scores.cast",
+    ] == [node.name for node in casts]
+
+
+def test_constants_have_the_types_that_the_operators_demand() -> None:
+    """Clip bounds and factors are half; Resize's scales stay float; a shared one exists twice."""
+    stored = {t.name: t.data_type for t in to_half(general()).graph.initializer}
+    assert TensorProto.FLOAT == stored["up"]
+    for name in ("low", "high", "half", "w0", "w2t"):
+        assert TensorProto.FLOAT16 == stored[name]
+    assert (TensorProto.FLOAT, TensorProto.FLOAT16) == (stored["two"], stored["two.half"])
+
+
+def test_what_is_computed_from_shapes_stays_float() -> None:
+    """Pixel counts and their products are formed in float32; the data around them is half."""
+    half = to_half(general())
+    inferred = onnx.shape_inference.infer_shapes(half, strict_mode=True)
+    types = {value.name: value.type.tensor_type.elem_type for value in inferred.graph.value_info}
+    assert {TensorProto.FLOAT} == {types[name] for name in ("fsides", "area", "d")}
+    assert {TensorProto.FLOAT16} == {types[name] for name in ("x", "y", "z", "r", "m", "n")}
+
+
+def test_a_general_half_graph_computes_nearly_the_same() -> None:
+    """Both outputs are at least 50 dB from the float graph's."""
+    expected = OnnxRunner(general()).run(general_inputs())
+    actual = OnnxRunner(to_half(general()), optimize=False).run(general_inputs())
+    for name, values in expected.items():
+        assert compare(values, actual[name], classifier=False).sqnr_db >= 50
+
+
+def test_sums_and_products_are_watched_for_overflow() -> None:
+    """The names are those of what the nodes compute; sizes are not among them."""
+    found = largest_magnitudes(general(), [general_inputs()])
+    assert ["x", "z", "t", "map", "total", "scores"] == list(found)
+
+
+def test_a_graph_that_has_no_half_form_is_refused() -> None:
+    """An operator whose type does not follow its input's is found by strict inference."""
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    odd (float[batch,4] x) => (float[batch,4] y) <float s = {2}, int8 z = {0}> {
+        q = QuantizeLinear (x, s, z)
+        y = DequantizeLinear (q, s, z)
+    }
+    """
+    model = onnx.parser.parse_model(text)
+    with pytest.raises(GateFailedError, match="the graph has no half form: "):
+        to_half(model)

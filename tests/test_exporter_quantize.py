@@ -20,7 +20,7 @@ from calibration.threshold import weight_scales
 from exporter.calibrator import calibrate
 from exporter.errors import InputError
 from exporter.graph import attributes, boundary_tensors
-from exporter.image_set import FolderImages, logits_of
+from exporter.image_set import ArrayImages, FolderImages, outputs_of
 from exporter.onnx_export import export_onnx
 from exporter.onnx_runner import OnnxRunner
 from exporter.parity import compare
@@ -347,7 +347,8 @@ def test_the_bundled_a0_keeps_25_db(a0: tuple[onnx.ModelProto, CalibrationTable]
         skip_bad=False,
     )
     found = compare(
-        logits_of(OnnxRunner(model), held_out), logits_of(OnnxRunner(quantized), held_out)
+        outputs_of(OnnxRunner(model).run, held_out.batches())["logits"],
+        outputs_of(OnnxRunner(quantized).run, held_out.batches())["logits"],
     )
     assert found.sqnr_db >= 25
     assert found.top1_agreement >= 0.98
@@ -370,3 +371,69 @@ def test_all_boundaries_of_the_a0_have_a_scale(
     """The table names exactly the tensors that the quantizer asks for."""
     model, scales = a0
     assert set(boundary_tensors(model)) == set(scales.activation_scales)
+
+
+GENERAL = """
+<ir_version: 8, opset_import: ["" : 17]>
+general (float[batch,3,8,8] image, float[batch,5,6] tokens)
+    => (float[batch,8,8,8] map, float[batch,5,4] mixed) {
+    ["wide.conv"] a = Conv <pads = [4,4,4,4], dilations = [2,2]> (image, k5, b8)
+    ["deep.conv"] b = Conv <pads = [1,1,1,1], group = 8> (a, kd, b8)
+    ["side.conv"] c = Conv (a, k1, b8)
+    ["up"] d = ConvTranspose (c, kt)
+    ["add"] e = Add (b, d)
+    ["weights"] computed = Identity (k1)
+    ["dynamic.conv"] map = Conv (e, computed)
+    ["fc"] mixed = MatMul (tokens, wm)
+    ["turned"] mixed_t = Transpose <perm = [0,2,1]> (mixed)
+    ["attention"] scores = MatMul (mixed, mixed_t)
+}
+"""
+GENERAL_SHAPES = {
+    "k5": (8, 3, 5, 5), "b8": (8,), "kd": (8, 1, 3, 3), "k1": (8, 8, 1, 1), "kt": (8, 8, 1, 1),
+    "wm": (6, 4),
+}  # fmt: skip
+
+
+def general() -> onnx.ModelProto:
+    model = onnx.parser.parse_model(GENERAL)
+    generator = np.random.default_rng(0)
+    for name, shape in GENERAL_SHAPES.items():
+        array = 0.2 * generator.standard_normal(shape)
+        model.graph.initializer.append(numpy_helper.from_array(array.astype(np.float32), name))
+    onnx.checker.check_model(model)
+    return model
+
+
+def test_every_product_with_a_constant_weight_is_quantized() -> None:
+    """Any kernel, dilation and groups, and MatMul; not ConvTranspose, not products of tensors."""
+    assert ("image", "a", "tokens") == boundary_tensors(general())
+    scales = {"image": 0.03, "a": 0.05, "tokens": 0.03}
+    model = quantize(general(), table(scales))
+    quantized = {n.name for n in model.graph.node if n.input[0].endswith(".dequantized")}
+    assert {"wide.conv", "deep.conv", "side.conv", "fc"} == quantized
+    activations = [n for n in model.graph.node if n.op_type == "QuantizeLinear"]
+    assert ["image", "a", "tokens"] == [n.input[0] for n in activations]
+
+
+def test_a_matmul_is_quantized_per_column() -> None:
+    """Its output channels are the last axis of the weight."""
+    model = quantize(general(), table({"image": 0.03, "a": 0.05, "tokens": 0.03}))
+    stored = arrays(model)
+    assert ((6, 4), (4,)) == (stored["wm.int8"].shape, stored["wm.scale"].shape)
+    node = writers(model)["wm.dequantized"]
+    assert 1 == attributes(node)["axis"]
+
+
+def test_a_general_quantized_graph_stays_close() -> None:
+    """With calibrated scales both outputs are within 30 dB of the float graph."""
+    generator = np.random.default_rng(1)
+    batch = (
+        generator.standard_normal((16, 3, 8, 8)).astype(np.float32),
+        generator.standard_normal((16, 5, 6)).astype(np.float32),
+    )
+    scales = calibrate(general(), ArrayImages.of(*batch), "mse", None)
+    expected = OnnxRunner(general()).run(batch)
+    actual = OnnxRunner(quantize(general(), scales)).run(batch)
+    for name, values in expected.items():
+        assert compare(values, actual[name], classifier=False).sqnr_db >= 30

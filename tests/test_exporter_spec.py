@@ -13,14 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exporter.errors import InputError
+from exporter.profiles import BatchProfile, SizeProfile, parse_image_size
 from exporter.spec import (
-    BatchProfile,
     ExportRequest,
     ExportSpec,
     Precision,
     Recipe,
     choice,
-    parse_image_size,
     validate,
     weights_advice,
 )
@@ -182,9 +181,8 @@ def test_request_and_spec_have_the_same_defaults() -> None:
     direct = ExportSpec(variant=spec.variant, precision=spec.precision, out=spec.out)
     for item in fields(ExportSpec):
         assert getattr(direct, item.name) == getattr(spec, item.name), item.name
-    assert {item.name for item in fields(ExportRequest)} == {
-        "model" if item.name == "variant" else item.name for item in fields(ExportSpec)
-    }
+    names = {item.name for item in fields(ExportSpec)} - {"name"}
+    assert {item.name for item in fields(ExportRequest)} == names - {"variant"} | {"model"}
 
 
 def test_everything_that_is_typed_arrives(tmp_path: Path) -> None:
@@ -196,8 +194,8 @@ def test_everything_that_is_typed_arrives(tmp_path: Path) -> None:
             model="B1g4", precision="fp16", weights=str(checkpoint), calibration="c",
             calibration_images=5, evaluation="e", evaluation_images=6, recipe="entropy",
             target="sm86", backend="rtx", batch="2:4:8", image_size="64x96", preprocess="imagenet",
-            out="here", skip_bad_images=True, min_sqnr_db=33.5, min_agreement=0.5,
-            workspace_mib=256,
+            dynamic_size="32:64:96x64:96:128", out="here", skip_bad_images=True, min_sqnr_db=33.5,
+            min_agreement=0.5, workspace_mib=256,
         )
     )  # fmt: skip
     expected = ExportSpec(
@@ -205,6 +203,7 @@ def test_everything_that_is_typed_arrives(tmp_path: Path) -> None:
         weights=str(checkpoint), calibration=Path("c"), calibration_images=5, evaluation=Path("e"),
         evaluation_images=6, recipe=Recipe.ENTROPY, target="sm86", backend="rtx",
         batch=BatchProfile(2, 4, 8), image_size=(64, 96), preprocess="imagenet",
+        dynamic_size=SizeProfile((32, 64, 96), (64, 96, 128)),
         skip_bad_images=True, min_sqnr_db=33.5, min_agreement=0.5, workspace_mib=256,
     )  # fmt: skip
     assert expected == spec
@@ -270,3 +269,39 @@ def test_json_has_every_field_and_is_strict() -> None:
         data[key] for key in ("variant", "precision", "recipe", "batch")
     )
     assert ([64, 96], "c", None) == (data["image_size"], data["calibration"], data["evaluation"])
+
+
+@pytest.mark.parametrize("text", ["64:96:128", "64:96:128x32:64:320", "8:8:8"])
+def test_dynamic_size_text_reads_back(text: str) -> None:
+    """str(parse(text)) == text; one profile stands for height and width."""
+    assert text == str(SizeProfile.parse(f" {text.upper()} "))
+    assert SizeProfile.parse("1:2:3") == SizeProfile((1, 2, 3), (1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("64", "must be min:opt:max pixels"),
+        ("64:96", "must be min:opt:max pixels"),
+        ("64:96:128x64", "must be min:opt:max pixels"),
+        ("96:64:128", "must be min <= opt <= max"),
+        ("0:64:128", "must be min <= opt <= max"),
+        ("16:64:128", "begins below 32, the network's total stride"),
+    ],
+)
+def test_a_dynamic_size_that_makes_no_sense_is_named(text: str, said: str) -> None:
+    """Form, order and the smallest size are checked."""
+    assert said in complaint(dynamic_size=text)
+
+
+def test_the_image_size_lies_within_the_dynamic_size() -> None:
+    """A size at which the engine would refuse the calibration images is refused first."""
+    said = "image size 64x200 is outside dynamic size 32:64:128"
+    assert said == complaint(dynamic_size="32:64:128", image_size="64x200")
+
+
+def test_a_network_of_the_callers_own_has_a_name_and_no_variant() -> None:
+    """The name takes the variant's place in the default folder and for people."""
+    spec = validate(ExportRequest(model="", dynamic_size="8:16:24"), "UNet")
+    assert (None, "UNet", Path("build/UNet-int8")) == (spec.variant, spec.title, spec.out)
+    assert "RepVGG-A0" == validate(ExportRequest(model="A0")).title

@@ -319,7 +319,7 @@ def test_a_variant_without_a_public_checkpoint_is_refused(monkeypatch, name):
         PublicWeightsError, match=f"^no public checkpoint is known for {name} "
     ) as e:
         fetch_public(name)
-    assert str(e.value).endswith("(known: A0, A1, A2, B0, B1, B1g4, B2, B2g4, B3, B3g4)")
+    assert str(e.value).endswith("(known: A0, A1, A2, B0, B1, B1g4, B2, B2g4, B3, B3g4, D2se)")
     assert [] == hub.asked
 
 
@@ -327,7 +327,9 @@ def test_public_repositories_follow_their_variants_name():
     """Each is timm's ImageNet-1k repository of that variant."""
     known = {name: public_repository(name) for name in VARIANTS}
     expected = {
-        name: None if name.endswith("g2") else f"timm/repvgg_{name.lower()}.rvgg_in1k"
+        name: None
+        if name.endswith("g2") or name == "L2pse"
+        else f"timm/repvgg_{name.lower()}.rvgg_in1k"
         for name in VARIANTS
     }
     assert expected == known

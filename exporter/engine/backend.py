@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Protocol
 
 from exporter.engine.summary import EngineSummary
-from exporter.spec import BatchProfile, Precision
+from exporter.profiles import BatchProfile, SizeProfile
+from exporter.spec import Precision
 
 ProgressCallback = Callable[[str, float], None]
 """Called with a phase in words and the fraction done, 0 to 1, which never goes back."""
@@ -20,7 +21,8 @@ class BuildRequest:
 
     ``onnx_path`` already holds the precision (half tensors, or Q/DQ nodes); ``precision`` says what
     the convolutions of the result are expected to run in. ``targets`` are compute capabilities such
-    as ``sm86``, as `parse_targets` returns them. ``workspace_mib`` limits the scratch memory of a
+    as ``sm86``, as `parse_targets` returns them. ``size`` bounds the open height and width of image
+    inputs; without it only the batch may be open. ``workspace_mib`` limits the scratch memory of a
     layer on the device, None leaves the builder's own limit.
     """
 
@@ -28,6 +30,7 @@ class BuildRequest:
     precision: Precision
     targets: tuple[str, ...]
     batch: BatchProfile
+    size: SizeProfile | None = None
     workspace_mib: int | None = None
 
 

@@ -14,7 +14,8 @@ from enum import Enum
 from pathlib import Path
 
 from exporter.engine.backend import BuildRequest
-from exporter.spec import BatchProfile, Precision
+from exporter.profiles import BatchProfile, SizeProfile
+from exporter.spec import Precision
 
 REQUEST = "request.json"
 RESULT = "result.json"
@@ -64,12 +65,13 @@ class Result:
 
 def request_to_json(request: BuildRequest) -> dict[str, object]:
     """The request with an absolute path, so that it holds in any working directory."""
-    batch = request.batch
+    batch, size = request.batch, request.size
     return {
         "onnx_path": str(request.onnx_path.absolute()),
         "precision": request.precision.value,
         "targets": list(request.targets),
         "batch": [batch.min, batch.opt, batch.max],
+        "size": None if size is None else str(size),
         "workspace_mib": request.workspace_mib,
     }
 
@@ -86,6 +88,7 @@ def request_from_json(text: str) -> BuildRequest:
         precision=Precision(content["precision"]),
         targets=tuple(content["targets"]),
         batch=BatchProfile(*content["batch"]),
+        size=None if content["size"] is None else SizeProfile.parse(content["size"]),
         workspace_mib=content["workspace_mib"],
     )
 

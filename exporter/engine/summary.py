@@ -129,25 +129,37 @@ _ADVICE = {
 }
 
 
-def check_engine(summary: EngineSummary, precision: Precision, expected_convolutions: int) -> None:
+def check_engine(
+    summary: EngineSummary,
+    precision: Precision,
+    expected_convolutions: int,
+    *,
+    computed_weights: int = 0,
+    pointwise: int = 0,
+) -> None:
     """Return only if all convolutions of the network run in ``precision`` on every target.
+
+    ``computed_weights`` of them have weights that the network computes; these cannot be quantized
+    and stay float in INT8 engines. ``pointwise`` of them are 1x1 outside the blocks; a builder may
+    run these as matrix products, which its layer table does not count as convolutions.
 
     Raises:
         GateFailedError: naming the first target that fails and its counts, if the number of
             convolutions is not ``expected_convolutions`` or not all run in the data type asked for.
     """
+    spared = computed_weights if precision is Precision.INT8 else 0
     for target, figures in summary.per_target.items():
         counts = figures.convolutions
-        if counts.total != expected_convolutions:
+        if not expected_convolutions - pointwise <= counts.total <= expected_convolutions:
             raise GateFailedError(
                 f"the engine for {target} has {counts.total} convolution kernels where the network "
                 f"has {expected_convolutions} convolutions: its layer table cannot vouch for "
                 f"{precision}; see the build log"
             )
-        found = counts.in_precision(precision)
-        if found != expected_convolutions:
+        found, wanted = counts.in_precision(precision), counts.total - spared
+        if found != wanted:
             raise GateFailedError(
-                f"on {target} only {found} of {expected_convolutions} convolutions run in "
+                f"on {target} only {found} of {wanted} convolutions run in "
                 f"{_LABELS[precision]} ({counts.int8} INT8, {counts.half} half, {counts.float} "
                 f"float): {_ADVICE[precision]}"
             )

@@ -107,24 +107,36 @@ def _parse(trt: ModuleType, network: Any, logger: Any, path: Path) -> None:
     )
 
 
-def _set_batch(builder: Any, network: Any, config: Any, request: BuildRequest) -> None:
-    batch = request.batch
+def _set_profile(builder: Any, network: Any, config: Any, request: BuildRequest) -> None:
     profile = builder.create_optimization_profile()
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
-        first, *rest = tuple(tensor.shape)
-        if any(extent < 0 for extent in rest):
-            raise _BadInputError(
-                f"input {tensor.name!r} has shape {[first, *rest]}: only the batch may be open (-1)"
-            )
-        if first >= 0 and {batch.min, batch.opt, batch.max} != {first}:
-            raise _BadInputError(
-                f"input {tensor.name!r} has a fixed batch of {first}, but batch {batch} was asked "
-                "for: export the model with an open batch, or ask for this one"
-            )
-        profile.set_shape(tensor.name, *((n, *rest) for n in (batch.min, batch.opt, batch.max)))
+        profile.set_shape(tensor.name, *_profile_shapes(tensor.name, tuple(tensor.shape), request))
     if config.add_optimization_profile(profile) < 0:
-        raise _RefusedError(f"the builder rejects the batch profile {batch}")
+        size = "" if request.size is None else f", size {request.size}"
+        raise _RefusedError(f"the builder rejects the profile batch {request.batch}{size}")
+
+
+def _profile_shapes(name: str, shape: tuple[int, ...], request: BuildRequest) -> list[list[int]]:
+    """The input's smallest, usual and largest shape: open extents come from the request."""
+    batch, size = request.batch, request.size
+    first, *rest = shape
+    extents = [(extent,) * 3 for extent in shape]
+    if first >= 0 and {batch.min, batch.opt, batch.max} != {first}:
+        raise _BadInputError(
+            f"input {name!r} has a fixed batch of {first}, but batch {batch} was asked "
+            "for: export the model with an open batch, or ask for this one"
+        )
+    extents[0] = (batch.min, batch.opt, batch.max)
+    if size is not None and len(shape) == 4:
+        for axis, opened in ((2, size.height), (3, size.width)):
+            extents[axis] = opened if shape[axis] < 0 else extents[axis]
+    if any(extent < 0 for low in extents for extent in low):
+        allowed = "only the batch" if size is None else "only batch, height and width"
+        raise _BadInputError(
+            f"input {name!r} has shape {[first, *rest]}: {allowed} may be open (-1)"
+        )
+    return [list(corner) for corner in zip(*extents, strict=True)]
 
 
 def _set_targets(trt: ModuleType, config: Any, request: BuildRequest) -> None:
@@ -143,7 +155,7 @@ def _configure(trt: ModuleType, builder: Any, network: Any, request: BuildReques
     if request.workspace_mib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request.workspace_mib * _MIB)
     _set_targets(trt, config, request)
-    _set_batch(builder, network, config, request)
+    _set_profile(builder, network, config, request)
     return config
 
 

@@ -1,0 +1,75 @@
+"""Which images a stage is judged on, and what is said when it fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from exporter import judge as judge_module
+from exporter.custom import example_tensors, module_source
+from exporter.errors import GateFailedError
+from exporter.image_set import ArrayImages
+from exporter.judge import Judge
+from exporter.network import torch_runner
+from exporter.profiles import SizeProfile
+from exporter.source import Source
+from exporter.spec import ExportSpec, Precision
+
+IMAGES = np.random.default_rng(0).standard_normal((40, 3, 8, 8)).astype(np.float32)
+
+
+class Doubled(nn.Module):
+    def forward(self, image: Tensor) -> Tensor:
+        return 2 * image
+
+
+def made(size: SizeProfile | None = None) -> tuple[Judge, Source]:
+    spec = ExportSpec(
+        variant=None, name="Doubled", precision=Precision.FP32, out=Path("b"), dynamic_size=size
+    )
+    network = Doubled()
+    example = example_tensors(torch.zeros(1, 3, 8, 8), network)
+    source = module_source(network, example, size)
+    assert source.interface is not None
+    return Judge(spec, source, ArrayImages.of(IMAGES), source.interface), source
+
+
+def test_every_stage_sees_all_images() -> None:
+    """The original's outputs are those of the whole set; the ledger counts the images."""
+    judge, source = made()
+    np.testing.assert_array_equal(2 * IMAGES, judge.original["output"])
+    assert (40, ()) == (judge.ledger.image_count, judge.notes)
+    assert source.interface is not None
+    judge.check("onnx", torch_runner(source.module, source.interface))
+    assert ["pass"] == [row.status for row in judge.ledger.stages]
+
+
+def test_large_outputs_are_compared_on_fewer_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept stays within the limit, at least one batch; a note says so."""
+    monkeypatch.setattr(judge_module, "MAX_OUTPUT_BYTES", 32 * 3 * 64 * 4)
+    judge, _ = made()
+    assert (32, (32, 3, 8, 8)) == (judge.ledger.image_count, judge.original["output"].shape)
+    assert "parity is measured on the first 32 of 40 images" in judge.notes[0]
+    monkeypatch.setattr(judge_module, "MAX_OUTPUT_BYTES", 1)
+    assert 16 == made()[0].ledger.image_count
+
+
+def test_both_ends_of_a_dynamic_size_are_compared_too() -> None:
+    """The first batch is scaled to them; an end that is the images' own size is not repeated."""
+    judge, _ = made(SizeProfile((8, 8, 16), (8, 12, 24)))
+    assert {"output": (40, 3, 8, 8), "output@16x24": (16, 3, 16, 24)} == {
+        name: values.shape for name, values in judge.original.items()
+    }
+    assert [(2, 3, 8, 8), (2, 3, 16, 24)] == [batch[0].shape for batch in judge.samples(2)]
+
+
+def test_a_stage_that_fails_ends_the_run() -> None:
+    """The row is kept in the ledger; the message names stage and figure."""
+    judge, _ = made()
+    with pytest.raises(GateFailedError, match="parity failed at stage simplified: largest"):
+        judge.check("simplified", lambda batch: {"output": 2.1 * batch[0]})
+    assert ["fail"] == [row.status for row in judge.ledger.stages]

@@ -152,6 +152,16 @@ def weight_scales(weight: np.ndarray[Any, Any]) -> npt.NDArray[np.float32]:
     return np.maximum(scales.astype(np.float32), np.float32(MIN_SCALE))
 
 
+def tensor_scale(weight: np.ndarray[Any, Any]) -> npt.NDArray[np.float32]:
+    """``max |W| / 127`` of the whole tensor, repeated for each output channel, float32 ``[O]``.
+
+    Raises:
+        ValueError: as :func:`weight_scales`.
+    """
+    scales = weight_scales(weight.reshape(1, -1) if weight.ndim else weight)
+    return np.repeat(scales, len(weight))
+
+
 def quantize_weights(
     weight: np.ndarray[Any, Any], scales: npt.NDArray[np.float32]
 ) -> npt.NDArray[np.int8]:

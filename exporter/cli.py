@@ -93,9 +93,8 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     add("--evaluation", metavar="DIR", help="images to compare the stages on, in class folders")
     add("--evaluation-images", type=int, default=512, metavar="N",
         help="use at most N of them, spread evenly (default: 512)")  # fmt: skip
-    add(
-        "--recipe", default="mse", help=f"clip values: {', '.join(map(str, Recipe))} (default: mse)"
-    )
+    add("--recipe", help=f"{', '.join(map(str, Recipe))} (default: full, mse off plain RepVGG)")
+    add("--keep-float", metavar="NAMES", help="nodes that stay float in int8, comma-separated")
     add("--target", help="compute capabilities, such as sm86,sm89 (default: all that can)")
     add("--backend", default="auto", help="auto or tensorrt-rtx (default: auto)")
     add("--batch", metavar="MIN:OPT:MAX", help="batch profile (default: 1:8:32)")
@@ -146,6 +145,7 @@ def _run_engine(options: argparse.Namespace) -> int:
         # Read when torch loads its OpenMP: threads that spin while others work slow a forward pass
         # down 40 times on a machine with another busy process.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         from exporter import pipeline
 
         result = pipeline.run(spec, progress)

@@ -54,9 +54,11 @@ def manifest(
     *,
     fused: Fused,
     verdict: ContractVerdict,
+    recipe: str | None,
     notes: tuple[str, ...],
 ) -> dict[str, Any]:
     source, interface = inputs.source, inputs.interface
+    calibration = {"recipe": recipe, **inputs.calibration.to_json()} if inputs.calibration else None
     worst = max(fused.blocks, key=lambda block: block.relative, default=None)
     return {
         "created": created(),
@@ -65,7 +67,7 @@ def manifest(
         "outputs": [port.to_json() for port in interface.outputs],
         "class_names": list(source.class_names) if source.class_names else None,
         "weights": source.origin,
-        "calibration": inputs.calibration.to_json() if inputs.calibration else None,
+        "calibration": calibration,
         "evaluation": inputs.evaluation.to_json(),
         "preprocess": inputs.preprocess.to_json() if inputs.preprocess else None,
         "contract": verdict.to_json(),

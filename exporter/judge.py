@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 from exporter import parity
 from exporter.errors import GateFailedError
@@ -110,6 +111,15 @@ class Judge:
             raise GateFailedError(
                 f"parity failed at stage {stage}: {result.reason}{advice}; nothing was published"
             )
+
+    def recheck(self, stage: str, run: Runner) -> None:
+        """Judge a stage again whose graph was replaced by an equal one; the row is replaced too."""
+        before = self.ledger
+        place = [row.stage for row in before.stages].index(stage)
+        self.ledger = replace(before, stages=before.stages[:place])
+        self.check(stage, run)
+        rows = (*self.ledger.stages, *before.stages[place + 1 :])
+        self.ledger = replace(before, stages=rows)
 
     def skip(self, stage: str, reason: str) -> None:
         """Add a row for a stage that did not run."""

@@ -41,11 +41,12 @@ from exporter.network import torch_runner
 from exporter.onnx_export import export_network, export_onnx
 from exporter.onnx_runner import OnnxRunner
 from exporter.parity import Gate, Ledger
+from exporter.plain_chain import quantize_chain_graph, read_chain
 from exporter.precision import largest_magnitudes, require_half_range, to_half
 from exporter.quantize import quantize
 from exporter.simplify import simplify
 from exporter.source import Source
-from exporter.spec import RANDOM, ExportSpec, Precision
+from exporter.spec import RANDOM, ExportSpec, Precision, Recipe
 from models.repvgg import RepVGG
 from models.variants import Squeeze
 
@@ -70,6 +71,15 @@ class ExportResult:
     engine: dict[str, Any]
     notes: tuple[str, ...]
     seconds: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Precise:
+    """The float graph to publish, the graph that the builder will parse, and its INT8 scales."""
+
+    model: onnx.ModelProto
+    graph: onnx.ModelProto
+    table: CalibrationTable | None = None
 
 
 @dataclass(slots=True)
@@ -113,12 +123,12 @@ def run(
             judge = Judge(spec, inputs.source, inputs.evaluation, inputs.interface)
             fused = _reparameterize(inputs, judge)
         model, verdict = _export(spec, inputs, fused.module, judge, clock)
-        onnx.save(model, writer.path(files.MODEL))
-        graph, table = _apply_precision(spec, inputs, model, judge, clock)
+        precise = _apply_precision(spec, inputs, model, judge, clock)
+        onnx.save(precise.model, writer.path(files.MODEL))
         graph_path = writer.path(files.MODEL)
         if spec.precision is not Precision.FP32:
             graph_path = writer.path(f"model.{spec.precision}.onnx")
-            onnx.save(graph, graph_path)
+            onnx.save(precise.graph, graph_path)
         request = BuildRequest(
             onnx_path=graph_path,
             precision=spec.precision,
@@ -128,12 +138,20 @@ def run(
             workspace_mib=spec.workspace_mib,
         )
         with clock.stage("engine") as advance:
-            engine = _build(backend, request, model, advance)
+            engine = _build(backend, request, model, advance, kept=len(spec.keep_float))
         judge.skip("engine", engine_not_run_reason())
         with clock.stage("publish"):
             notes = inputs.source.notes + inputs.notes + fused.notes + judge.notes
-            write_evidence(writer, inputs, judge, engine, table)
-            document = manifest(spec, inputs, engine, fused=fused, verdict=verdict, notes=notes)
+            write_evidence(writer, inputs, judge, engine, precise.table)
+            document = manifest(
+                spec,
+                inputs,
+                engine,
+                fused=fused,
+                verdict=verdict,
+                recipe=precise.table.method if precise.table else None,
+                notes=notes,
+            )
             report.write(writer, document, judge.ledger, engine.summary.to_json(), clock.seconds)
             published = writer.publish(document)
     return ExportResult(
@@ -189,32 +207,65 @@ def _is_plain(spec: ExportSpec) -> bool:
 
 def _apply_precision(
     spec: ExportSpec, inputs: Inputs, model: onnx.ModelProto, judge: Judge, clock: _Clock
-) -> tuple[onnx.ModelProto, CalibrationTable | None]:
-    """The graph that the builder will parse, and the scales where it has any."""
+) -> Precise:
     if spec.precision is Precision.FP32:
-        return model, None
+        return Precise(model=model, graph=model)
     gate = _precision_gate(spec, inputs.source)
     if spec.precision is Precision.FP16:
         with clock.stage("half"):
             require_half_range(largest_magnitudes(model, judge.batches()))
             graph = to_half(model)
             judge.check("fp16", OnnxRunner(graph, optimize=False).run, gate)
-        return graph, None
+        return Precise(model=model, graph=graph)
+    return _quantize(spec, inputs, model, judge, clock)
+
+
+def _quantize(
+    spec: ExportSpec,
+    inputs: Inputs,
+    model: onnx.ModelProto,
+    judge: Judge,
+    clock: _Clock,
+) -> Precise:
+    gate = _precision_gate(spec, inputs.source)
     images = inputs.calibration
     if images is None:
         raise InputError("int8 needs calibration images: pass CALIB=folder")
+    plain = read_chain(model) if spec.recipe is None or spec.recipe.needs_chain else None
+    recipe = spec.recipe or (Recipe.FULL if plain else Recipe.MSE)
+    if recipe.needs_chain and plain is None:
+        raise InputError(
+            f"recipe {recipe} rescales a plain chain of convolutions, which {spec.title} is not; "
+            "use --recipe mse"
+        )
+    if plain is not None:
+        with clock.stage("calibrate") as advance:
+            made = quantize_chain_graph(
+                model,
+                plain,
+                images,
+                str(recipe),
+                keep_float=spec.keep_float,
+                preprocess=inputs.preprocess,
+                progress=advance,
+            )
+        with clock.stage("quantize"):
+            # Equalization changes no float result: the graph that is published is judged anew.
+            judge.recheck("simplified", OnnxRunner(made.model).run)
+            judge.check("int8", OnnxRunner(made.graph).run, gate)
+        return Precise(model=made.model, graph=made.graph, table=made.table)
     with clock.stage("calibrate") as advance:
         table = calibrate(
             model,
             images,
-            str(spec.recipe),
+            str(recipe),
             inputs.preprocess,
             lambda done: advance(done / images.count),
         )
     with clock.stage("quantize"):
-        graph = quantize(model, table)
+        graph = quantize(model, table, keep_float=spec.keep_float)
         judge.check("int8", OnnxRunner(graph).run, gate)
-    return graph, table
+    return Precise(model=model, graph=graph, table=table)
 
 
 def _precision_gate(spec: ExportSpec, source: Source) -> Gate:
@@ -233,8 +284,13 @@ def _build(
     request: BuildRequest,
     model: onnx.ModelProto,
     advance: Callable[[float], None],
+    *,
+    kept: int,
 ) -> BuiltEngine:
-    """The engine of ``request``; ``model`` is the float graph whose convolutions it must have."""
+    """The engine of ``request``; ``model`` is the float graph whose convolutions it must have.
+
+    ``kept`` of them were asked to stay float in an INT8 engine.
+    """
     engine = backend.build(request, lambda _phase, fraction: advance(fraction))
     convolutions = sum(node.op_type == "Conv" for node in model.graph.node)
     constant = sum(node.op_type == "Conv" for node in quantizable(model))
@@ -242,7 +298,7 @@ def _build(
         engine.summary,
         request.precision,
         convolutions,
-        computed_weights=convolutions - constant,
+        computed_weights=convolutions - constant + kept,
         pointwise=pointwise_convolutions(model),
     )
     return engine

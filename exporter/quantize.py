@@ -14,9 +14,11 @@ Concat, Resize, ...). A tensor that several nodes read is quantized once.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
@@ -26,12 +28,25 @@ from exporter.errors import InputError
 from exporter.graph import attributes, quantizable
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RoundedWeight:
+    """A weight that is integers already: int8, output channel first, and float32 scales ``[O]``."""
+
+    integers: npt.NDArray[np.int8]
+    scales: npt.NDArray[np.float32]
+
+
 def quantize(
-    model: onnx.ModelProto, table: CalibrationTable, *, keep_float: Collection[str] = ()
+    model: onnx.ModelProto,
+    table: CalibrationTable,
+    *,
+    keep_float: Collection[str] = (),
+    rounded: Mapping[str, RoundedWeight] | None = None,
 ) -> onnx.ModelProto:
     """Return the Q/DQ copy of a float graph.
 
-    ``keep_float`` names nodes that stay float.
+    ``keep_float`` names nodes that stay float. ``rounded`` holds integers by weight name; other
+    weights are rounded to nearest.
 
     Raises:
         InputError: if ``keep_float`` names no Conv or Gemm of the graph, or the table has no scale
@@ -55,7 +70,8 @@ def quantize(
                 nodes += _activation_nodes(source, table, initializers)
             if weight not in dequantized:
                 axis = _channel_axis(node)
-                nodes.append(_weight_node(weight, axis, weights[weight], initializers))
+                integers = (rounded or {}).get(weight) or _nearest(weights[weight], axis)
+                nodes.append(_weight_node(weight, axis, integers, initializers))
             dequantized |= {source, weight}
             node.input[0], node.input[1] = f"{source}.dequantized", f"{weight}.dequantized"
         nodes.append(node)
@@ -85,12 +101,16 @@ def _activation_nodes(
     ]
 
 
-def _weight_node(
-    name: str, axis: int, weight: np.ndarray, initializers: dict[str, onnx.TensorProto]
-) -> onnx.NodeProto:
+def _nearest(weight: npt.NDArray[np.float32], axis: int) -> RoundedWeight:
     by_channel = np.moveaxis(weight, axis, 0)
     scales = weight_scales(by_channel)
-    integers = np.moveaxis(quantize_weights(by_channel, scales), 0, axis)
+    return RoundedWeight(integers=quantize_weights(by_channel, scales), scales=scales)
+
+
+def _weight_node(
+    name: str, axis: int, weight: RoundedWeight, initializers: dict[str, onnx.TensorProto]
+) -> onnx.NodeProto:
+    integers, scales = np.moveaxis(weight.integers, 0, axis), weight.scales
     stored, scale, zero = f"{name}.int8", f"{name}.scale", f"{name}.zero_point"
     initializers[stored] = numpy_helper.from_array(np.ascontiguousarray(integers), stored)
     initializers[scale] = numpy_helper.from_array(scales, scale)

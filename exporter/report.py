@@ -99,6 +99,8 @@ def _command(spec: Mapping[str, Any]) -> str:
             words += [option, f"'{spec[key]}'" if " " in str(spec[key]) else str(spec[key])]
     if spec["image_size"] is not None:
         words += ["--image-size", "x".join(map(str, spec["image_size"]))]
+    if spec["keep_float"]:
+        words += ["--keep-float", ",".join(spec["keep_float"])]
     if spec["skip_bad_images"]:
         words.append("--skip-bad-images")
     return " ".join(words)

@@ -35,15 +35,22 @@ class Precision(str, Enum):
 
 
 class Recipe(str, Enum):
-    """How the activations' clip values are chosen (calibration.threshold.Method)."""
+    """The rungs of the INT8 ladder, from plain to full (calibration.recipe.Recipe)."""
 
     MINMAX = "minmax"
     PERCENTILE = "percentile"
     MSE = "mse"
     ENTROPY = "entropy"
+    EQUALIZE = "equalize"
+    FULL = "full"
 
     def __str__(self) -> str:
         return self.value
+
+    @property
+    def needs_chain(self) -> bool:
+        """Whether it rescales a plain chain of convolutions, and fits no other graph."""
+        return self in (Recipe.EQUALIZE, Recipe.FULL)
 
 
 DEFAULT_BATCH = BatchProfile(1, 8, 32)
@@ -61,6 +68,7 @@ class ExportSpec:
     ``weights`` is None (the bundled checkpoint), ``random``, ``hub``, ``hub@<commit>`` or a path.
     ``target`` is still text, because which targets exist is the backend's knowledge.
     ``preprocess`` is ``imagenet``, a JSON file, or None (the checkpoint's own, else ImageNet's).
+    ``recipe`` None is the best that the graph allows; ``keep_float`` names nodes that stay float.
     ``min_sqnr_db`` and ``min_agreement`` replace the default gate of the precision stage.
     """
 
@@ -73,7 +81,8 @@ class ExportSpec:
     calibration_images: int = 512
     evaluation: Path | None = None
     evaluation_images: int = 512
-    recipe: Recipe = Recipe.MSE
+    recipe: Recipe | None = None
+    keep_float: tuple[str, ...] = ()
     target: str | None = None
     backend: str = "auto"
     batch: BatchProfile = DEFAULT_BATCH
@@ -98,9 +107,9 @@ class ExportSpec:
             values[item.name] = list(value) if isinstance(value, tuple) else value
         values["name"] = self.title
         values["variant"] = self.variant.name if self.variant else None
-        for key in ("precision", "recipe", "batch"):
+        for key in ("precision", "batch"):
             values[key] = str(values[key])
-        for key in ("out", "calibration", "evaluation", "dynamic_size"):
+        for key in ("recipe", "out", "calibration", "evaluation", "dynamic_size"):
             values[key] = None if values[key] is None else str(values[key])
         return values
 
@@ -116,7 +125,8 @@ class ExportRequest:
     calibration_images: int = 512
     evaluation: str | None = None
     evaluation_images: int = 512
-    recipe: str = "mse"
+    recipe: str | None = None
+    keep_float: str | None = None
     target: str | None = None
     backend: str = "auto"
     batch: str | None = None
@@ -149,7 +159,8 @@ def validate(request: ExportRequest, network: Variant | str | None = None) -> Ex
             return None
 
     precision = parsed(lambda: choice(Precision, "precision", request.precision))
-    recipe = parsed(lambda: choice(Recipe, "recipe", request.recipe))
+    wanted = request.recipe
+    recipe = parsed(lambda: choice(Recipe, "recipe", wanted)) if wanted is not None else None
     batch = parsed(lambda: BatchProfile.parse(request.batch or str(DEFAULT_BATCH)))
     size = request.image_size
     image_size = parsed(lambda: parse_image_size(size)) if size is not None else None
@@ -164,7 +175,7 @@ def validate(request: ExportRequest, network: Variant | str | None = None) -> Ex
     if variant is not None and dynamic_size is not None:
         complaints += _dynamic_size_complaints(dynamic_size, image_size)
     complaints += _number_complaints(request)
-    if complaints or precision is None or recipe is None or batch is None:
+    if complaints or precision is None or batch is None:
         raise InputError("; ".join(complaints))
     return ExportSpec(
         variant=variant,
@@ -177,6 +188,7 @@ def validate(request: ExportRequest, network: Variant | str | None = None) -> Ex
         evaluation=Path(request.evaluation) if request.evaluation else None,
         evaluation_images=request.evaluation_images,
         recipe=recipe,
+        keep_float=_names(request.keep_float),
         target=request.target,
         backend=request.backend,
         batch=batch,
@@ -209,6 +221,12 @@ def weights_advice(variant: Variant) -> str:
     """How to pass trained weights for ``variant``, in one clause."""
     hub = f" or WEIGHTS=hub ({public_repository(variant.name)})"
     return f"WEIGHTS=path/to/checkpoint{hub if public_repository(variant.name) else ''}"
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    """A comma-separated list, spaces and repetitions removed."""
+    parts = (part.strip() for part in (text or "").split(","))
+    return tuple(dict.fromkeys(part for part in parts if part))
 
 
 def _weights_complaints(weights: str | None, variant: Variant) -> list[str]:

@@ -110,7 +110,8 @@ def test_a_choice_ignores_case_and_space(text: str) -> None:
         ),
         (
             {"recipe": "entropie"},
-            "unknown recipe 'entropie' (nearest: entropy; known: minmax, percentile, mse, entropy)",
+            "unknown recipe 'entropie' (nearest: entropy; "
+            "known: minmax, percentile, mse, entropy, equalize, full)",
         ),
         ({"precision": "@@"}, "unknown precision '@@' (known: fp32, fp16, int8)"),
     ],
@@ -172,7 +173,7 @@ def test_defaults() -> None:
         variant=VARIANTS["A0"], precision=Precision.INT8, out=Path("build/A0-int8")
     )
     assert expected == spec
-    assert (None, Recipe.MSE, BatchProfile(1, 8, 32)) == (spec.weights, spec.recipe, spec.batch)
+    assert (None, None, BatchProfile(1, 8, 32)) == (spec.weights, spec.recipe, spec.batch)
 
 
 def test_request_and_spec_have_the_same_defaults() -> None:
@@ -193,6 +194,7 @@ def test_everything_that_is_typed_arrives(tmp_path: Path) -> None:
         ExportRequest(
             model="B1g4", precision="fp16", weights=str(checkpoint), calibration="c",
             calibration_images=5, evaluation="e", evaluation_images=6, recipe="entropy",
+            keep_float="a, b,,a",
             target="sm86", backend="rtx", batch="2:4:8", image_size="64x96", preprocess="imagenet",
             dynamic_size="32:64:96x64:96:128", out="here", skip_bad_images=True, min_sqnr_db=33.5,
             min_agreement=0.5, workspace_mib=256,
@@ -201,7 +203,8 @@ def test_everything_that_is_typed_arrives(tmp_path: Path) -> None:
     expected = ExportSpec(
         variant=VARIANTS["B1g4"], precision=Precision.FP16, out=Path("here"),
         weights=str(checkpoint), calibration=Path("c"), calibration_images=5, evaluation=Path("e"),
-        evaluation_images=6, recipe=Recipe.ENTROPY, target="sm86", backend="rtx",
+        evaluation_images=6, recipe=Recipe.ENTROPY, keep_float=("a", "b"),
+        target="sm86", backend="rtx",
         batch=BatchProfile(2, 4, 8), image_size=(64, 96), preprocess="imagenet",
         dynamic_size=SizeProfile((32, 64, 96), (64, 96, 128)),
         skip_bad_images=True, min_sqnr_db=33.5, min_agreement=0.5, workspace_mib=256,
@@ -265,7 +268,7 @@ def test_json_has_every_field_and_is_strict() -> None:
     data = spec.to_json()
     assert [item.name for item in fields(ExportSpec)] == list(data)
     assert data == json.loads(json.dumps(data, allow_nan=False))
-    assert ("A0", "int8", "mse", "1:8:32") == tuple(
+    assert ("A0", "int8", None, "1:8:32") == tuple(
         data[key] for key in ("variant", "precision", "recipe", "batch")
     )
     assert ([64, 96], "c", None) == (data["image_size"], data["calibration"], data["evaluation"])

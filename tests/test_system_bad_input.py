@@ -193,7 +193,7 @@ def test_skip_bad_images_counts_them_instead(command, images, tmp_path):
     out = tmp_path / "bundle"
     process = command(
         "engine", "A0", "--calib", str(images), "--skip-bad-images", "--out", str(out), "--quiet",
-        "--target", "sm86",
+        "--recipe", "minmax",        "--target", "sm86",
     )  # fmt: skip
     assert 0 == process.returncode, process.stderr
     calibration = json.loads((out / "manifest.json").read_text())["calibration"]
@@ -217,7 +217,7 @@ def test_an_out_that_holds_something_else_is_left_alone(refused, tmp_path):
 
 def test_a_failed_gate_exits_1_and_publishes_nothing(refused):
     """An SQNR that INT8 cannot reach ends the run with the measured figure."""
-    message = refused(1, "A0", "--min-sqnr", "90", "--target", "sm86")
+    message = refused(1, "A0", "--min-sqnr", "90", "--recipe", "minmax")
     assert "parity failed at stage int8: SQNR is" in message
     assert "nothing was published" in message
 
@@ -242,7 +242,17 @@ def test_half_overflow_is_detected_and_reported_with_the_layer(refused, tmp_path
 def test_an_interrupt_exits_130_and_leaves_nothing(tmp_path, stage, number):
     """Ctrl-C and SIGTERM end the run at once, the builder's process included."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "exporter", "engine", "A0", "--out", str(tmp_path / "o" / "b")],
+        [
+            sys.executable,
+            "-m",
+            "exporter",
+            "engine",
+            "A0",
+            "--recipe",
+            "minmax",
+            "--out",
+            str(tmp_path / "o" / "b"),
+        ],
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -50,6 +50,7 @@ format: $(READY)
 
 benchmark: $(READY)
 	$(BIN)/python benchmarks/export_time.py
+	$(BIN)/python benchmarks/int8_quality.py
 
 clean:
 	rm -rf build dist $(VENV)

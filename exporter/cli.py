@@ -1,4 +1,4 @@
-"""Arguments -> request -> pipeline -> exit code. The only place that prints.
+"""Arguments -> request -> pipeline -> exit code. With ``console``, the only place that prints.
 
 Results go to standard output, everything else to standard error. Heavy libraries are imported after
 the arguments have been read, so that ``--help`` needs none of them.
@@ -13,21 +13,24 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from exporter import __version__
-from exporter.errors import EXIT_DONE, EXIT_INTERRUPTED, ExporterError, GateFailedError
+from exporter.console import print_ledger, print_result, print_table, progress_bars, result_json
+from exporter.errors import (
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    EnvironmentLackError,
+    ExporterError,
+    GateFailedError,
+)
 from exporter.spec import ExportRequest, Precision, Recipe, validate
 from models.variants import VARIANTS
 
 if TYPE_CHECKING:
     from types import FrameType
-
-    from exporter.parity import Ledger
-    from exporter.pipeline import ExportResult
 
 _EPILOG = """exit codes: 0 done and every gate passed; 1 a gate failed, nothing published;
 2 bad input or usage; 3 the environment lacks something; 130 interrupted"""
@@ -130,6 +133,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(json.dumps({"error": str(error), "exit_code": error.exit_code}))
         print(f"repvgg-export: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        # A full disk or a vanished file outside the bundle's own writing.
+        if options.debug:
+            traceback.print_exc()
+        print(f"repvgg-export: {error}", file=sys.stderr)
+        return EnvironmentLackError.exit_code
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
@@ -140,7 +149,7 @@ def _run_engine(options: argparse.Namespace) -> int:
     names = ExportRequest.__dataclass_fields__
     request = ExportRequest(**{name: getattr(options, name) for name in names})
     spec = validate(request)
-    with _progress(options) as progress:
+    with progress_bars(quiet=options.quiet) as progress:
         _require_libraries()
         # Read when torch loads its OpenMP: threads that spin while others work slow a forward pass
         # down 40 times on a machine with another busy process.
@@ -153,9 +162,9 @@ def _run_engine(options: argparse.Namespace) -> int:
         for note in result.notes:
             print(f"note: {note}", file=sys.stderr)
     if options.json:
-        print(json.dumps(_result_json(result)))
+        print(json.dumps(result_json(result)))
     else:
-        _print_result(result)
+        print_result(result)
     return EXIT_DONE
 
 
@@ -168,7 +177,7 @@ def _run_verify(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({"bundle": str(bundle.path), "parity": ledger.to_json()}))
     else:
-        _print_ledger(ledger, f"{bundle.path}: files intact")
+        print_ledger(ledger, f"{bundle.path}: files intact")
     if ledger.verdict != "pass":
         failed = next(stage for stage in ledger.stages if stage.status == "fail")
         raise GateFailedError(f"bundle {bundle.path}: stage {failed.stage}: {failed.reason}")
@@ -183,13 +192,10 @@ def _run_inspect(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(inspection.to_json(), allow_nan=False))
         return EXIT_DONE
-    from rich.console import Console
-
     from exporter.inspection.tables import tables
 
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     for table in tables(inspection):
-        console.print(table)
+        print_table(table)
     for note in inspection.notes:
         print(f"note: {note}")
     return EXIT_DONE
@@ -217,8 +223,6 @@ def _require_libraries(*names: str) -> None:
     """Say which extra is missing before any work is done."""
     from importlib.util import find_spec
 
-    from exporter.errors import EnvironmentLackError
-
     missing = [
         name
         for name in names or ("torch", "onnx", "onnxruntime", "onnxsim", "safetensors")
@@ -228,112 +232,3 @@ def _require_libraries(*names: str) -> None:
         raise EnvironmentLackError(
             f"not installed: {', '.join(missing)}; pip install 'repvgg-exporter[export]'"
         )
-
-
-@contextmanager
-def _progress(options: argparse.Namespace) -> Iterator[Callable[[str, float], None]]:
-    """A bar on a terminal, one line a stage elsewhere, nothing with --quiet."""
-    if options.quiet:
-        yield _silent
-    elif not sys.stderr.isatty():
-        seen: set[str] = set()
-
-        def announce(stage: str, _fraction: float) -> None:
-            if stage not in seen:
-                seen.add(stage)
-                print(f"{stage} ...", file=sys.stderr, flush=True)
-
-        yield announce
-    else:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-        columns = (TextColumn("{task.description:15}"), BarColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=Console(stderr=True)) as bars:
-            tasks: dict[str, Any] = {}
-
-            def update(stage: str, fraction: float) -> None:
-                if stage not in tasks:
-                    tasks[stage] = bars.add_task(stage, total=1.0)
-                bars.update(tasks[stage], completed=fraction)
-
-            yield update
-
-
-def _silent(_stage: str, _fraction: float) -> None:
-    return
-
-
-def _result_json(result: ExportResult) -> dict[str, Any]:
-    return {
-        "bundle": str(result.bundle.path),
-        "verdict": result.ledger.verdict,
-        "parity": result.ledger.to_json(),
-        "engine": result.engine,
-        "notes": list(result.notes),
-        "seconds": result.seconds,
-    }
-
-
-def _print_result(result: ExportResult) -> None:
-    spec = result.bundle.manifest["spec"]
-    _print_ledger(result.ledger, f"RepVGG-{spec['variant']} {spec['precision']}")
-    for targets, figures in _same_figures(result.engine["per_target"]):
-        counts = figures["convolutions"]
-        print(
-            f"{targets}: {counts['total']} convolutions ({counts['int8']} INT8, {counts['half']} "
-            f"half, {counts['float']} float), {figures['epilogue_fused']} with fused epilogue, "
-            f"{figures['other_kernels']} other kernels"
-        )
-    for warning in result.engine["warnings"]:
-        print(f"warning: {warning}")
-    total = sum(result.seconds.values())
-    print(
-        f"{spec['out']}: engine of {result.engine['plan_bytes'] / 1e6:.1f} MB for "
-        f"{', '.join(result.engine['targets'])}; {total:.1f} s"
-    )
-
-
-def _same_figures(per_target: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Targets with equal figures on one line: a plan for several has one layer table."""
-    groups: list[tuple[str, dict[str, Any]]] = []
-    for target, figures in per_target.items():
-        if groups and groups[-1][1] == figures:
-            groups[-1] = (f"{groups[-1][0]} {target}", figures)
-        else:
-            groups.append((target, figures))
-    return groups
-
-
-def _print_ledger(ledger: Ledger, title: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    top1 = (
-        ""
-        if ledger.original_top1 is None
-        else f", original top-1 {100 * ledger.original_top1:.2f} %"
-    )
-    table = Table(title=f"{title}: {ledger.image_count} images ({ledger.images}){top1}")
-    table.add_column("stage")
-    table.add_column("status")
-    for heading in ("SQNR dB", "max |diff|", "cosine", "agreement", "top-1"):
-        table.add_column(heading, justify="right")
-    for row in ledger.stages:
-        figures = row.comparison
-        cells = ["", "", "", ""]
-        if figures is not None:
-            cells = [
-                f"{figures.sqnr_db:.1f}",
-                f"{figures.max_abs:.3g}",
-                f"{figures.cosine:.6f}",
-                "" if figures.top1_agreement is None else f"{100 * figures.top1_agreement:.2f} %",
-            ]
-        top = "" if row.top1 is None else f"{100 * row.top1:.2f} %"
-        table.add_row(row.stage, row.status.replace("_", " "), *cells, top)
-    # Off a terminal rich assumes 80 columns and would cut figures off.
-    width = None if sys.stdout.isatty() else 120
-    Console(width=width, highlight=False).print(table)
-    for row in ledger.stages:
-        if row.status == "not_run":
-            print(f"{row.stage} not run: {row.reason}")

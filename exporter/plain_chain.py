@@ -94,7 +94,7 @@ def quantize_chain_graph(
         model, plain, images, rung=Rung(recipe), keep_float=keep_float, progress=progress
     )
     done = outcome.quantized
-    equalized = _with_chain(model, outcome.equalization.chain)
+    equalized = with_chain(model, outcome.equalization.chain)
     digest = hashlib.sha256(equalized.SerializeToString()).hexdigest()
     boundary = dict(zip([s.name for s in plain.chain.stages], plain.boundaries, strict=False))
     statistics = dict(zip(boundary, outcome.equalization.statistics, strict=False))
@@ -115,7 +115,7 @@ def quantize_chain_graph(
         preprocess=preprocess.to_json() if preprocess else {},
     )
     biases = {name: stage.bias for name, stage in done.stages.items()}
-    corrected = _with_chain(model, done.chain, biases)
+    corrected = with_chain(model, done.chain, biases)
     nodes = {node.name: node for node in model.graph.node}
     rounded = {
         nodes[name].input[1]: RoundedWeight(integers=stage.weight, scales=stage.weight_scales)
@@ -199,7 +199,7 @@ def _require_same(model: onnx.ModelProto, chain: Chain, images: np.ndarray) -> N
         )
 
 
-def _with_chain(
+def with_chain(
     model: onnx.ModelProto,
     chain: Chain,
     biases: Mapping[str, np.ndarray] | None = None,

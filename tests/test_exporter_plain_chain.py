@@ -9,13 +9,15 @@ import torch
 from onnx import numpy_helper
 
 from calibration.chain import rescale
+from calibration.recipe import Recipe as Rung
 from exporter.errors import InputError
 from exporter.graph import quantizable
 from exporter.image_set import ArrayImages
 from exporter.onnx_export import export_onnx
 from exporter.onnx_runner import OnnxRunner
 from exporter.parity import compare
-from exporter.plain_chain import PlainChain, _with_chain, quantize_chain_graph, read_chain
+from exporter.plain_chain import PlainChain, quantize_chain_graph, read_chain, with_chain
+from exporter.spec import Recipe
 from models import RepVGG, Variant
 from models.fusion import reparameterize
 
@@ -92,7 +94,7 @@ def test_full_beats_nearest_rounding_and_does_not_mind_a_rescaled_checkpoint(mod
     reference = logits(model, images)
     rng = np.random.default_rng(1)
     factors = [2.0 ** rng.uniform(-3, 3, len(stage.weight)) for stage in plain.chain.stages]
-    stressed = _with_chain(model, rescale(plain.chain, factors))
+    stressed = with_chain(model, rescale(plain.chain, factors))
     found = {}
     for name, graph in (("plain", model), ("stressed", stressed)):
         for recipe in ("minmax", "full"):
@@ -120,3 +122,8 @@ def test_an_unknown_name_to_keep_is_refused(model, images):
     plain: PlainChain = read_chain(model)
     with pytest.raises(InputError, match=r"no convolution is called x; known: stage0\.conv"):
         quantize_chain_graph(model, plain, images, "full", keep_float=("x",))
+
+
+def test_the_command_line_knows_every_rung():
+    """The names that may be typed are those of the ladder, in its order."""
+    assert [rung.value for rung in Rung] == [recipe.value for recipe in Recipe]

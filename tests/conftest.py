@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -54,3 +54,14 @@ def bundles(
         return out, made[precision]
 
     return bundle
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """On tiny networks torch's threads only wait for one another: seconds, on busy cores."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -10,7 +10,7 @@ import re
 import struct
 import tracemalloc
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,13 +33,7 @@ CLASSES = 3
 State = dict[str, Tensor]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """On tiny networks torch's threads only wait for one another: seconds, on busy cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def network(variant: Variant = TINY, seed: int = 0) -> RepVGG:

@@ -35,13 +35,7 @@ CLASSES = 5
 State = dict[str, Tensor]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """On tiny networks torch's threads only wait for one another: seconds, on busy cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def network(variant: Variant, style: BlockStyle = REPVGG) -> RepVGG:

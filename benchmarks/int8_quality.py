@@ -33,11 +33,12 @@ from onnxruntime.quantization import (
 
 from calibration.chain import rescale
 from calibration.images import Preprocess
+from exporter.chain_quantizer import observe_chain, quantize_observed
 from exporter.image_set import FolderImages, ImageSet
 from exporter.onnx_export import export_onnx
 from exporter.onnx_runner import OnnxRunner
 from exporter.parity import compare
-from exporter.plain_chain import quantize_chain_graph, read_chain, with_chain
+from exporter.plain_chain import read_chain, with_chain
 from models.checkpoint import load_checkpoint
 from models.fusion import reparameterize
 from models.registry import bundled_weights
@@ -63,7 +64,8 @@ def ours(recipe: str, images: ImageSet) -> Quantizer:
     def run(model: onnx.ModelProto) -> onnx.ModelProto:
         plain = read_chain(model)
         assert plain is not None
-        return quantize_chain_graph(model, plain, images, recipe).graph
+        observed = observe_chain(model, plain, images)
+        return quantize_observed(model, plain, observed, recipe).graph
 
     return run
 

@@ -16,11 +16,13 @@ from typing import Any
 import onnx
 from torch import nn
 
+from calibration.recipe import RecipeOptions
 from calibration.table import CalibrationTable
 from exporter import bundle as files
 from exporter import contract, parity, report
 from exporter.bundle import Bundle, BundleWriter
 from exporter.calibrator import calibrate
+from exporter.chain_quantizer import observe_chain, quantize_observed
 from exporter.contract import ContractVerdict
 from exporter.engine import (
     Backend,
@@ -41,7 +43,7 @@ from exporter.network import torch_runner
 from exporter.onnx_export import export_network, export_onnx
 from exporter.onnx_runner import OnnxRunner
 from exporter.parity import Gate, Ledger
-from exporter.plain_chain import quantize_chain_graph, read_chain
+from exporter.plain_chain import read_chain
 from exporter.precision import largest_magnitudes, require_half_range, to_half
 from exporter.quantize import quantize
 from exporter.simplify import simplify
@@ -240,16 +242,16 @@ def _quantize(
         )
     if plain is not None:
         with clock.stage("calibrate") as advance:
-            made = quantize_chain_graph(
+            observed = observe_chain(model, plain, images, advance)
+        with clock.stage("quantize"):
+            made = quantize_observed(
                 model,
                 plain,
-                images,
+                observed,
                 str(recipe),
-                keep_float=spec.keep_float,
+                options=RecipeOptions(keep_float=frozenset(spec.keep_float)),
                 preprocess=inputs.preprocess,
-                progress=advance,
             )
-        with clock.stage("quantize"):
             # Equalization changes no float result: the graph that is published is judged anew.
             judge.recheck("simplified", OnnxRunner(made.model).run)
             judge.check("int8", OnnxRunner(made.graph).run, gate)

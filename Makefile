@@ -33,7 +33,7 @@ parity: engine
 	@$(BIN)/repvgg-export verify '$(BUNDLE)'
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 -m "not slow"
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
@@ -51,6 +51,7 @@ format: $(READY)
 benchmark: $(READY)
 	$(BIN)/python benchmarks/export_time.py
 	$(BIN)/python benchmarks/int8_quality.py
+	$(BIN)/python benchmarks/calibration_cost.py
 
 clean:
 	rm -rf build dist $(VENV)

@@ -1,14 +1,17 @@
 """A convolutional chain on paper: what equalization, rounding and sensitivity work on.
 
-    x_0 = image,   y_l = W_l * x_l + b_l,   x_{l+1} = relu(gate(y_l)),   logits = V mean(x_L) + v
+    x_0 = image,   y_l = W_l * x_l + b_l,   logits = V mean(x_L) + v,
+    x_{l+1} = relu(gate(y_l))   or   gate(relu(y_l))
 
 ``*`` is a convolution with groups, stride, padding and dilation; ``relu`` and ``gate`` may be
-absent. The gate is a squeeze-and-excitation block, ``gate(y) = y sigmoid(U relu(D mean(y) + d) +
+absent. The gate is a squeeze-and-excitation block, ``gate(z) = z sigmoid(U relu(D mean(z) + d) +
 u)``, and ``mean`` averages over the positions of an image. *Boundary* l is the tensor x_l that
 stage l reads; boundary L is read by the classifier.
 
-Everything after y_l commutes with a positive scale per channel, ``relu(y / s) = relu(y) / s``, and
-the gate's value stays what it was when the columns of D take the scale up. So for s > 0
+Everything after y_l commutes with a positive scale per channel. ``relu(y / s) = relu(y) / s``, so
+that on both sides of the ReLU the gate reads z / s where it read z. Then ``(D s) mean(z / s) =
+D mean(z)``: the gate's value stays what it was when the columns of D take the scale up, and what
+it multiplies is divided by s. So for s > 0
 
     W_l[c] / s_c,   b_l[c] / s_c,   D[:, c] s_c,   W_{l+1}[:, c] s_c   (or V[:, c] s_c)
 
@@ -36,12 +39,16 @@ class ChainError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Gate:
-    """A squeeze-and-excitation block: ``down`` ``[R, C]``, ``up`` ``[C, R]`` and their biases."""
+    """A squeeze-and-excitation block: ``down`` ``[R, C]``, ``up`` ``[C, R]`` and their biases.
+
+    It reads the convolution's result, or that of the ReLU behind it if ``after_relu``.
+    """
 
     down: Array
     down_bias: Array
     up: Array
     up_bias: Array
+    after_relu: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -73,10 +80,19 @@ class ConvStage:
             raise ChainError(f"{self.name}: {self.groups} groups do not divide {self._shape()}")
         if not (np.isfinite(self.weight).all() and np.isfinite(self.bias).all()):
             raise ChainError(f"{self.name}: a weight or bias is NaN or infinite")
-        if self.gate is not None and self.gate.down.shape != self.gate.up.shape[::-1]:
+        if self.gate is not None:
+            self._require_gate(self.gate)
+
+    def _require_gate(self, gate: Gate) -> None:
+        if gate.down.shape != gate.up.shape[::-1]:
             raise ChainError(f"{self.name}: the gate's two matrices do not fit each other")
-        if self.gate is not None and len(self.gate.up) != len(self.weight):
-            raise ChainError(f"{self.name}: the gate has {len(self.gate.up)} channels")
+        if len(gate.up) != len(self.weight):
+            raise ChainError(f"{self.name}: the gate has {len(gate.up)} channels")
+        if (gate.up_bias.shape, gate.down_bias.shape) != (gate.up.shape[:1], gate.down.shape[:1]):
+            raise ChainError(f"{self.name}: the gate's biases do not fit its matrices")
+        parts = (gate.down, gate.down_bias, gate.up, gate.up_bias)
+        if not all(np.isfinite(part).all() for part in parts):
+            raise ChainError(f"{self.name}: a weight or bias of the gate is NaN or infinite")
 
     def _shape(self) -> list[int]:
         return list(self.weight.shape)

@@ -35,7 +35,9 @@ def quantize_input(x: FloatArray, scale: float) -> FloatArray:
     """``clip(rint(x / scale), -128, 127)`` as ONNX's QuantizeLinear computes it, in float32."""
     q = x / np.float32(scale)
     np.rint(q, out=q)
-    return np.clip(q, -LEVELS - 1, LEVELS, out=q)
+    np.maximum(q, -LEVELS - 1, out=q)
+    np.minimum(q, LEVELS, out=q)
+    return q
 
 
 def candidate_clips(observer: TensorObserver, abs_max: float) -> dict[str, float]:

@@ -82,6 +82,8 @@ def propagated_effects(
 ) -> list[Float64Array]:
     """G ``[O]`` of each stage from statistics alone: what unit noise in a channel adds.
 
+    Statistics do not say how far a gate is open: it counts as 1.
+
     Raises:
         ChainError: if the statistics or the image size do not fit the chain.
     """

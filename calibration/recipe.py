@@ -9,7 +9,7 @@ Every rung is the same road, with stages left out:
 
     statistics -> effects -> equalize (checked) -> clip values -> sequential quantization
 
-``images`` is the sample of :mod:`calibration.sample`; statistics come from all calibration images.
+``images`` is the sample of :mod:`calibration.sample`; ranges come from all calibration images.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from calibration.chain import Chain, ChainError
+from calibration.chain import Array, Chain, ChainError
 from calibration.clipping import best_clip, candidate_clips
-from calibration.convolution import FloatArray, channel_first, run_stage
+from calibration.convolution import NUMPY, FloatArray, Kernels, run_chain
 from calibration.effects import clip_effects, measured_effects
 from calibration.equalize import (
     Equalization,
@@ -30,14 +30,12 @@ from calibration.equalize import (
     require_equal,
 )
 from calibration.moments import ChannelStatistics
-from calibration.observer import TensorObserver
 from calibration.sample import sample_size
 from calibration.sequential import QuantizedChain, SequentialOptions, quantize_chain
+from calibration.survey import FloatPass, observe_inputs, survey
 
-_CHECKED = 8
-# Backward passes: 16 images of 224 x 224, up to 32 smaller ones. 128 give the same choices.
+_CHECKED = 4
 _EFFECT_IMAGES = 32
-_BATCH = 8
 
 
 class Recipe(str, Enum):
@@ -54,6 +52,11 @@ class Recipe(str, Enum):
     def equalizes(self) -> bool:
         """Whether the rung rescales the chain and corrects biases."""
         return self in (Recipe.EQUALIZE, Recipe.FULL)
+
+    @property
+    def reads_histograms(self) -> bool:
+        """Whether clip values come from the distribution of the inputs, not from their maximum."""
+        return self not in (Recipe.MINMAX, Recipe.EQUALIZE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,16 +89,29 @@ class Outcome:
     quantized: QuantizedChain
 
 
+def first_images(images: FloatArray) -> FloatArray:
+    """The part of a sample that effects are measured on: one image per four of it.
+
+    8 images of 224 x 224, up to 32 smaller ones; 128 give the same choices.
+    """
+    wanted = sample_size((images.shape[2], images.shape[3])) // 4
+    return images[: min(wanted, _EFFECT_IMAGES)]
+
+
 def quantize_by_recipe(
     recipe: Recipe,
     chain: Chain,
     statistics: Sequence[ChannelStatistics],
     images: FloatArray,
     options: RecipeOptions | None = None,
+    *,
+    floats: FloatPass | None = None,
+    kernels: Kernels = NUMPY,
 ) -> Outcome:
     """Quantize ``chain`` on ``images`` ``[N, C, H, W]``; deterministic bit for bit on one machine.
 
-    ``statistics`` are those of the chain's boundaries over all calibration images.
+    ``statistics`` are those of the chain's boundaries: ranges over all calibration images, moments
+    over ``images``. ``floats`` is the float chain's run of ``images``, where it is known already.
 
     Raises:
         ChainError: no images; statistics that do not fit; an unknown stage in ``keep_float``; or
@@ -104,22 +120,23 @@ def quantize_by_recipe(
     options = options or RecipeOptions()
     if len(images) == 0:
         raise ChainError("there are no images to quantize on; give at least one")
-    few = images[: min(_EFFECT_IMAGES, sample_size((images.shape[2], images.shape[3])) // 4)]
+    floats = floats or survey(chain, images, kernels)
+    few = first_images(images)
     equalized = equalize(
         chain,
         statistics,
-        measured_effects(chain, few),
+        measured_effects(chain, few, kernels),
         EqualizeOptions(
             scaling=Scaling.NOISE if recipe.equalizes else Scaling.NONE,
             power_of_two=options.power_of_two,
             per_tensor_weights=options.per_tensor_weights,
         ),
     )
-    require_equal(chain, equalized.chain, images[:_CHECKED])
-    choices = _choose_clips(recipe, equalized, images, few)
+    clips, logits = _choose_clips(recipe, equalized, images, few, kernels)
+    require_equal(floats.logits[: len(logits)], logits)
     quantized = quantize_chain(
         equalized.chain,
-        [choice.clip for choice in choices],
+        [choice.clip for choice in clips],
         images,
         SequentialOptions(
             second_order=recipe is Recipe.FULL,
@@ -127,40 +144,36 @@ def quantize_by_recipe(
             per_tensor_weights=options.per_tensor_weights,
             keep_float=options.keep_float,
         ),
+        floats=floats.divided_by(equalized.scales) if recipe.equalizes else None,
+        kernels=kernels,
     )
     names = [stage.name for stage in chain.stages]
     return Outcome(
-        equalization=equalized, clips=dict(zip(names, choices, strict=True)), quantized=quantized
+        equalization=equalized, clips=dict(zip(names, clips, strict=True)), quantized=quantized
     )
 
 
 def _choose_clips(
-    recipe: Recipe, equalized: Equalization, images: FloatArray, few: FloatArray
-) -> list[ClipChoice]:
+    recipe: Recipe, equalized: Equalization, images: FloatArray, few: FloatArray, kernels: Kernels
+) -> tuple[list[ClipChoice], Array]:
+    """The clip values, and the equalized chain's logits on the first images."""
+    chain = equalized.chain
     peaks = [float(found.abs_max.max()) for found in equalized.statistics[:-1]]
-    if recipe in (Recipe.MINMAX, Recipe.EQUALIZE):
-        return [ClipChoice(clip=peak or 1.0, method="minmax", effects={}) for peak in peaks]
-    observers = observe_inputs(equalized.chain, images)
+    if not recipe.reads_histograms:
+        choices = [ClipChoice(clip=peak or 1.0, method="minmax", effects={}) for peak in peaks]
+        return choices, run_chain(chain, images[:_CHECKED], kernels)
+    # What the effects decide, the images of the effects may propose.
+    observers, logits = observe_inputs(chain, few if recipe is Recipe.FULL else images, kernels)
     candidates = [
         candidate_clips(observer, peak) for observer, peak in zip(observers, peaks, strict=True)
     ]
     if recipe is not Recipe.FULL:
         method = recipe.value
-        return [ClipChoice(clip=found[method], method=method, effects={}) for found in candidates]
-    effects = clip_effects(equalized.chain, candidates, few)
+        return [ClipChoice(clip=c[method], method=method, effects={}) for c in candidates], logits
+    effects = clip_effects(chain, candidates, few, kernels)
     methods = [best_clip(found) for found in effects]
-    return [
+    choices = [
         ClipChoice(clip=found[method], method=method, effects=powers)
         for found, method, powers in zip(candidates, methods, effects, strict=True)
     ]
-
-
-def observe_inputs(chain: Chain, images: FloatArray) -> list[TensorObserver]:
-    """Histograms of every stage's input over ``images``, in memory of a few images."""
-    observers = [TensorObserver() for _ in chain.stages]
-    for start in range(0, len(images), _BATCH):
-        x = channel_first(images[start : start + _BATCH])
-        for stage, observer in zip(chain.stages, observers, strict=True):
-            observer.update(x)
-            x = run_stage(stage, x)
-    return observers
+    return choices, logits

@@ -19,9 +19,10 @@ This is GPTQ (Frantar et al., 2023), which spreads each column's error over the 
 come, written as Babai's nearest plane: the same integers without inverting C. Coordinates are
 ordered by variance so that the largest is rounded first, C gets 1 % of its mean diagonal as
 damping, and all output channels go together, in blocks of columns that leave the work to BLAS.
+The sums of squares that the sweep makes least are the error itself, less the damping's share.
 
 Where an output channel is still worse than with rounding to nearest, as damping and clipping allow,
-it keeps the nearest integers: the error on the given moments is never above theirs. (Revisiting all
+it keeps the nearest integers: the error on the given moments is not above theirs. (Revisiting all
 integers by coordinate descent afterwards lowers that error further but not the error on unseen
 images: within 0.3 dB for 1 to 10 passes on RepVGG-A0.)
 
@@ -40,6 +41,7 @@ import numpy.typing as npt
 
 from calibration.chain import Array, Float64Array
 from calibration.convolution import FloatArray
+from calibration.parallel import on_all_cores
 from calibration.threshold import LEVELS, quantize_weights
 
 IntArray = npt.NDArray[np.int8]
@@ -49,7 +51,9 @@ MAX_COLUMNS = 8192
 DAMPING = 0.01
 """Added to the diagonal, as a share of its mean."""
 _EXACT = 1024
-_BLOCK = 128
+_BLOCK = 64
+_PANEL = 96
+_ROWS = 2048
 
 
 class InputMoments:
@@ -92,14 +96,16 @@ class InputMoments:
             and bool(np.array_equal(self.products, other.products))
         )
 
-    def covariance(self) -> Float64Array:
-        """``[blocks, n, n]`` in squared integer steps; all zero before the first position."""
-        if self.count == 0:
-            return np.zeros_like(self.products)
-        mean = self.sums / self.count
-        found = self.products / self.count
-        for block, row in enumerate(mean):
-            found[block] -= np.outer(row, row)
+    def covariance(self) -> FloatArray:
+        """``[blocks, n, n]`` in squared integer steps; all zero before the first position.
+
+        Computed in float64 and rounded to float32, row by row: in wide layers memory counts.
+        """
+        found = np.zeros(self.products.shape, dtype=np.float32)
+        mean = self.sums / max(self.count, 1)
+        for block, row in np.ndindex(self.sums.shape):
+            products = self.products[block, row] / max(self.count, 1)
+            found[block, row] = products - mean[block, row] * mean[block]
         return found
 
 
@@ -117,21 +123,22 @@ def moment_blocks(groups: int, channels: int, taps: int, columns: int = MAX_COLU
 def round_weights(
     weight: Array,
     scales: npt.NDArray[np.float32],
-    covariance: Float64Array,
+    covariance: Array,
     *,
     damping: float = DAMPING,
 ) -> IntArray:
     """Integers ``[O, I / g, kh, kw]`` of least output error on ``covariance`` ``[blocks, n, n]``.
 
     For each output channel the error, as :func:`output_error` gives it, is at most that of rounding
-    to nearest. Deterministic.
+    to nearest, up to the precision of ``covariance``'s type, in which the work is done.
+    Deterministic.
 
     Raises:
         ValueError: if ``covariance`` does not fit ``weight``, or as ``quantize_weights``.
     """
     nearest = quantize_weights(weight, scales)
     target = _columns(weight / scales.astype(np.float64)[:, None, None, None], covariance)
-    start = _columns(nearest.astype(np.float64), covariance)
+    start = _columns(nearest, covariance)
     found = np.empty_like(start)
     for block in range(len(found)):
         found[block] = _round_block(target[block], start[block], covariance[block], damping)
@@ -142,20 +149,24 @@ def output_error(
     weight: Array,
     integers: IntArray,
     scales: npt.NDArray[np.float32],
-    covariance: Float64Array,
+    covariance: Array,
 ) -> Float64Array:
     """The variance of each output's error ``[O]``, in the weight's units times an input step."""
     steps = scales.astype(np.float64)
     difference = weight / steps[:, None, None, None] - integers
-    d = _columns(difference, covariance)
-    error = np.einsum("bno,bno->bo", d, covariance @ d)
+    exact = covariance.astype(np.float64)
+    d = _columns(difference, exact)
+    error = np.einsum("bno,bno->bo", d, exact @ d)
     groups = len(weight) // error.shape[1]
     summed: Float64Array = error.reshape(groups, -1, error.shape[1]).sum(axis=1).ravel()
     return summed * steps**2
 
 
-def _columns(weight: Array, covariance: Float64Array) -> Float64Array:
-    """``[O, I / g, kh, kw]`` as ``[blocks, n, O / g]``, the layout in which a column is a row."""
+def _columns(weight: Array, covariance: Array) -> Array:
+    """``[O, I / g, kh, kw]`` as ``[blocks, n, O / g]``, the layout in which a column is a row.
+
+    It has the floating-point type of ``covariance``.
+    """
     blocks, n = covariance.shape[:2]
     per_output = weight.size // len(weight)
     pieces = per_output // n
@@ -165,10 +176,10 @@ def _columns(weight: Array, covariance: Float64Array) -> Float64Array:
     if len(weight) % groups:
         raise ValueError(f"covariance {covariance.shape} does not fit weight {weight.shape}")
     split = weight.reshape(groups, len(weight) // groups, pieces, n).transpose(0, 2, 3, 1)
-    return np.ascontiguousarray(split.reshape(blocks, n, -1), dtype=np.float64)
+    return np.ascontiguousarray(split.reshape(blocks, n, -1), dtype=covariance.dtype)
 
 
-def _restore(columns: Float64Array, shape: tuple[int, ...]) -> Float64Array:
+def _restore(columns: Array, shape: tuple[int, ...]) -> Array:
     """The inverse of :func:`_columns`."""
     blocks, n, outputs = columns.shape
     groups = shape[0] // outputs
@@ -176,44 +187,83 @@ def _restore(columns: Float64Array, shape: tuple[int, ...]) -> Float64Array:
     return split.reshape(shape)
 
 
-def _round_block(
-    target: Float64Array, nearest: Float64Array, covariance: Float64Array, damping: float
-) -> Float64Array:
+def _round_block(target: Array, nearest: Array, covariance: Array, damping: float) -> Array:
     """Integers ``[n, O]`` for ``target`` ``[n, O]``: the better of the two, by channel."""
     variance = covariance.diagonal()
     if not variance.max(initial=0.0) > 0:
         return nearest
     order = np.argsort(variance, kind="stable")
-    ordered = covariance[np.ix_(order, order)]
+    # C is symmetric: its rows gathered twice, which is faster than gathering columns.
+    ordered = np.ascontiguousarray(covariance[order].T)[order]
     goal = target[order]
     start = nearest[order]
-    found = _nearest_plane(goal, ordered, damping)
-    better = _error(goal - found, ordered) <= _error(goal - start, ordered)
+    difference = goal - start
+    limit = (difference * _product(ordered, difference)).sum(axis=0)
+    try:
+        found, error = _nearest_plane(goal, ordered.copy(), damping)
+    except np.linalg.LinAlgError:
+        # float32 may lose the least eigenvalues, which the damping keeps positive in float64.
+        found, error = _nearest_plane(goal, ordered.astype(np.float64), damping)
     result = np.empty_like(found)
-    result[order] = np.where(better, found, start)
+    result[order] = np.where(error <= limit, found, start)
     return result
 
 
-def _error(d: Float64Array, covariance: Float64Array) -> Float64Array:
-    error: Float64Array = (d * (covariance @ d)).sum(axis=0)
-    return error
-
-
-def _nearest_plane(goal: Float64Array, covariance: Float64Array, damping: float) -> Float64Array:
+def _nearest_plane(goal: Array, covariance: Array, damping: float) -> tuple[Array, Array]:
+    """Integers ``[n, O]`` and the error ``d^T C d`` of each channel. Overwrites ``covariance``."""
     n = len(goal)
-    damped = covariance.copy()
-    damped.flat[:: n + 1] += damping * covariance.diagonal().mean()
-    upper = np.linalg.cholesky(damped).T
-    del damped
-    ratio = upper / upper.diagonal()[:, None]
+    added = damping * covariance.diagonal().mean()
+    covariance.flat[:: n + 1] += added
+    lower = cholesky_lower(covariance)
+    scale = lower.diagonal().copy()
     q = np.empty_like(goal)
     d = np.empty_like(goal)
+    error = np.zeros_like(goal[0])
     for high in range(n, 0, -_BLOCK):
         low = max(high - _BLOCK, 0)
-        wanted = goal[low:high] + ratio[low:high, high:] @ d[high:]
-        within = ratio[low:high, low:high]
-        for i in reversed(range(high - low)):
-            row = wanted[i] + within[i, i + 1 :] @ d[low + i + 1 : high]
-            q[low + i] = np.clip(np.rint(row), -LEVELS, LEVELS)
-            d[low + i] = goal[low + i] - q[low + i]
-    return q
+        here = slice(low, high)
+        wanted = goal[here] + (lower[high:, here].T @ d[high:]) / scale[here, None]
+        within = np.ascontiguousarray((lower[here, here] / scale[here]).T)
+        _sweep(goal[here], wanted, within, q[here], d[here])
+        error += ((wanted - q[here]) ** 2 * scale[here, None] ** 2).sum(axis=0)
+    return q, error - added * (d**2).sum(axis=0)
+
+
+def _sweep(goal: Array, wanted: Array, within: Array, q: Array, d: Array) -> None:
+    """Fill ``q`` and ``d`` from the last row to the first; ``wanted`` takes up what d adds."""
+    for i in reversed(range(len(goal))):
+        row, integers = wanted[i], q[i]
+        row += within[i, i + 1 :] @ d[i + 1 :]
+        np.rint(row, out=integers)
+        # np.clip costs several times as much on a short row.
+        np.maximum(integers, -LEVELS, out=integers)
+        np.minimum(integers, LEVELS, out=integers)
+        np.subtract(goal[i], integers, out=d[i])
+
+
+def _product(left: Array, right: Array) -> Array:
+    """``left @ right``, rows of ``left`` on all cores."""
+    parts = on_all_cores(
+        lambda start: left[start : start + _ROWS] @ right, range(0, len(left), _ROWS)
+    )
+    return np.concatenate(parts)
+
+
+def cholesky_lower(matrix: Array) -> Array:
+    """The lower Cholesky factor, in place; what lies above the diagonal is not set.
+
+    By panels, so that nearly all of the work is matrix products: LAPACK's own factorization runs
+    at a fraction of their speed.
+
+    Raises:
+        numpy.linalg.LinAlgError: if ``matrix`` is not positive definite.
+    """
+    for start in range(0, len(matrix), _PANEL):
+        here = slice(start, start + _PANEL)
+        left = matrix[here, :start]
+        matrix[start:, here] -= _product(matrix[start:, :start], left.T)
+        corner = np.linalg.cholesky(matrix[here, here])
+        matrix[here, here] = corner
+        below = matrix[start + _PANEL :, here]
+        below[:] = below @ np.linalg.inv(corner).T
+    return matrix

@@ -21,14 +21,14 @@ from calibration.observer import ObservationError
 
 FloatArray = npt.NDArray[np.float32]
 
-_PIXELS = 64 * 224 * 224
+_PIXELS = 32 * 224 * 224
 """Second-order rounding needs positions: smaller images make up for it by their number."""
-MINIMUM_IMAGES = 64
+MINIMUM_IMAGES = 32
 MAXIMUM_IMAGES = 512
 
 
 def sample_size(image_size: tuple[int, int]) -> int:
-    """How many images of ``image_size`` sequential quantization should see, 64 to 512."""
+    """How many images of ``image_size`` sequential quantization should see, 32 to 512."""
     wanted = _PIXELS // (image_size[0] * image_size[1])
     return min(max(wanted, MINIMUM_IMAGES), MAXIMUM_IMAGES)
 

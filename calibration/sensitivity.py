@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from calibration.chain import Chain
 from calibration.clipping import quantize_input
-from calibration.convolution import FloatArray, convolve, run_chain
+from calibration.convolution import NUMPY, FloatArray, Kernels, run_chain
 from calibration.effects import gradients, logit_power
 from calibration.sequential import QuantizedChain
 
@@ -60,20 +60,21 @@ def stage_macs(chain: Chain, image_size: tuple[int, int]) -> tuple[int, ...]:
 
 
 def predicted_effects(
-    chain: Chain, quantized: QuantizedChain, images: FloatArray
+    chain: Chain, quantized: QuantizedChain, images: FloatArray, kernels: Kernels = NUMPY
 ) -> tuple[StageEffect, ...]:
     """The effect of each stage of ``quantized``, which was made from the float ``chain``.
 
     Stages that were kept float have power 0. ``images`` is ``[N, C, H, W]``; 16 to 64 suffice.
     """
     powers = dict.fromkeys((stage.name for stage in chain.stages), 0.0)
-    for step in gradients(chain, images):
+    for step in gradients(chain, images, kernels):
         stage = chain.stages[step.index]
         found = quantized.stages.get(stage.name)
         if found is None:
             continue
         rounded = quantize_input(step.x, found.input_scale) * np.float32(found.input_scale)
-        error = convolve(found.dequantized(stage), rounded) - convolve(stage, step.x)
+        error = kernels.convolution(found.dequantized(stage))(rounded)
+        error -= kernels.convolution(stage)(step.x)
         error -= error.mean(axis=(1, 2, 3), keepdims=True)
         powers[stage.name] += logit_power(step.gradient, error) / len(images)
     macs = stage_macs(chain, (images.shape[2], images.shape[3]))
@@ -99,9 +100,9 @@ def measured_stage_effects(
     )
 
 
-def signal_power(chain: Chain, images: FloatArray) -> float:
+def signal_power(chain: Chain, images: FloatArray, kernels: Kernels = NUMPY) -> float:
     """Mean of ``|logits|^2`` over ``images``."""
-    logits = np.asarray(run_chain(chain, images), dtype=np.float64)
+    logits = np.asarray(run_chain(chain, images, kernels), dtype=np.float64)
     return float((logits**2).sum(axis=1).mean())
 
 

@@ -1,17 +1,17 @@
 """Quantizing a chain stage by stage, each on what its quantized predecessors really deliver.
 
-Two copies of a sample of images go through the chain side by side, one through the float stages and
-one through the quantized ones. At each stage
+A sample of images goes through the quantized stages. At each
 
-1. the quantized copy's input is rounded to integers, ``x_q = s_x q``, with the chosen clip value;
+1. the input is rounded to integers, ``x_q = s_x q``, with the chosen clip value;
 2. the moments of the integer patches decide how W is rounded (:mod:`calibration.rounding`);
 3. the bias takes the mean of what is left, over images and positions,
 
-       b' = b + E[W * x_float] - E[W_q * x_q],
+       b' = E[W * x + b] - E[W_q * x_q],
 
-   so that this stage's result has the float network's mean, whatever went wrong before it.
+   so that this stage's result has the float network's mean, whatever went wrong before it. The
+   first mean is :mod:`calibration.survey`'s of the same images, the second linear in x_q's mean.
 
-Both copies then pass the gate and the ReLU. The classifier stays float, its bias corrected alike.
+The result then passes the gate and the ReLU. The classifier stays float, its bias corrected alike.
 Memory is that of the sample at one stage, not of all the calibration images.
 """
 
@@ -24,20 +24,27 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from calibration.autocorrelation import correlates, patch_products
 from calibration.chain import Chain, ChainError, Classifier, ConvStage
 from calibration.clipping import input_scale, quantize_input
 from calibration.convolution import (
+    NUMPY,
     FloatArray,
+    Kernels,
     channel_first,
     classify,
-    convolve,
-    finish,
-    visit_patches,
+    mean_patch,
+    patches_at,
+    run_stage,
 )
 from calibration.rounding import DAMPING, MAX_COLUMNS, InputMoments, moment_blocks, round_weights
+from calibration.survey import FloatPass, mean_result, survey
 from calibration.threshold import quantize_weights, tensor_scale, weight_scales
 
 IntArray = npt.NDArray[np.int8]
+
+MINIMUM_IMAGES = 32
+_MINIMUM_POSITIONS = 1 << 14
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +59,7 @@ class SequentialOptions:
     per_tensor_weights: bool = False
     keep_float: Collection[str] = field(default=frozenset())
     damping: float = DAMPING
-    positions_per_column: int = 16
+    positions_per_column: int = 8
     max_columns: int = MAX_COLUMNS
 
 
@@ -88,10 +95,14 @@ def quantize_chain(
     clips: Sequence[float],
     images: FloatArray,
     options: SequentialOptions | None = None,
+    *,
+    floats: FloatPass | None = None,
+    kernels: Kernels = NUMPY,
 ) -> QuantizedChain:
     """Quantize ``chain`` on the sample ``images`` ``[N, C, H, W]``.
 
     ``clips[l]`` is the clip value of stage l's input; ``keep_float`` stages do not read theirs.
+    ``floats`` is the float chain's run of the same images, where it is known already.
     Deterministic bit for bit on one machine.
 
     Raises:
@@ -99,39 +110,41 @@ def quantize_chain(
     """
     options = options or SequentialOptions()
     _require(chain, clips, images, options)
-    exact = channel_first(images)
-    real = exact
+    if floats is None and options.bias_correction:
+        floats = survey(chain, images, kernels)
+    x = channel_first(images)
     stages: list[ConvStage] = []
     quantized: dict[str, QuantizedStage] = {}
-    for stage, clip in zip(chain.stages, clips, strict=True):
-        wanted = convolve(stage, exact)
-        if stage.name in options.keep_float:
-            found = convolve(stage, real)
-            done = replace(stage, bias=_bias(stage, wanted, found, options))
-        else:
-            rounded, found = _quantize_stage(stage, real, clip, options)
-            rounded = replace(rounded, bias=_bias(stage, wanted, found, options))
-            quantized[stage.name] = rounded
-            done = replace(stage, bias=rounded.bias)
-        exact = finish(stage, _add(wanted, stage.bias))
-        real = finish(stage, _add(found, done.bias))
-        stages.append(done)
-    classifier = _correct_classifier(chain, exact, real, options)
+    for index, (stage, clip) in enumerate(zip(chain.stages, clips, strict=True)):
+        computed = stage
+        if stage.name not in options.keep_float:
+            quantized[stage.name], x = _quantize_stage(stage, x, clip, options, kernels)
+            computed = quantized[stage.name].dequantized(stage)
+        # Before the first rounding there is nothing to correct.
+        if floats is not None and quantized:
+            bias = floats.means[index] - mean_result(computed, x)
+            computed = replace(computed, bias=np.asarray(bias, dtype=np.float32))
+        if stage.name in quantized:
+            quantized[stage.name] = replace(quantized[stage.name], bias=computed.bias)
+        stages.append(replace(stage, bias=computed.bias))
+        x = run_stage(computed, x, kernels)
+    classifier = _correct_classifier(chain, x, floats if quantized else None)
     corrected = Chain(stages=tuple(stages), classifier=classifier)
     return QuantizedChain(chain=corrected, stages=quantized)
 
 
-def run_quantized(quantized: QuantizedChain, images: FloatArray) -> npt.NDArray[Any]:
+def run_quantized(
+    quantized: QuantizedChain, images: FloatArray, kernels: Kernels = NUMPY
+) -> npt.NDArray[Any]:
     """Logits ``[N, K]`` as an INT8 engine computes them, up to float32 rounding."""
     x = channel_first(images)
     for stage in quantized.chain.stages:
         found = quantized.stages.get(stage.name)
         if found is None:
-            y = convolve(stage, x)
+            x = run_stage(stage, x, kernels)
         else:
             rounded = quantize_input(x, found.input_scale) * np.float32(found.input_scale)
-            y = convolve(found.dequantized(stage), rounded)
-        x = finish(stage, _add(y, stage.bias))
+            x = run_stage(found.dequantized(stage), rounded, kernels)
     return classify(quantized.chain, x)
 
 
@@ -148,15 +161,15 @@ def _require(
 
 
 def _quantize_stage(
-    stage: ConvStage, x: FloatArray, clip: float, options: SequentialOptions
+    stage: ConvStage, x: FloatArray, clip: float, options: SequentialOptions, kernels: Kernels
 ) -> tuple[QuantizedStage, FloatArray]:
-    """The stage with its bias uncorrected, and its result on ``x`` without a bias."""
+    """The stage with its bias uncorrected, and its input ``x`` rounded."""
     scale = input_scale(clip)
     q = quantize_input(x, scale)
     choose = tensor_scale if options.per_tensor_weights else weight_scales
     scales = choose(stage.weight)
     if options.second_order:
-        covariance = input_moments(stage, q, options).covariance()
+        covariance = input_moments(stage, q, options, kernels).covariance()
         weight = round_weights(stage.weight, scales, covariance, damping=options.damping)
     else:
         weight = quantize_weights(stage.weight, scales)
@@ -168,57 +181,44 @@ def _quantize_stage(
         bias=stage.bias.astype(np.float32),
     )
     q *= np.float32(scale)
-    return rounded, convolve(rounded.dequantized(stage), q)
+    return rounded, q
 
 
-def input_moments(stage: ConvStage, q: FloatArray, options: SequentialOptions) -> InputMoments:
+def input_moments(
+    stage: ConvStage, q: FloatArray, options: SequentialOptions, kernels: Kernels = NUMPY
+) -> InputMoments:
     """Moments of the patches of the integer inputs ``q`` ``[I, N, H, W]``.
 
-    Of more positions than ``positions_per_column`` times the columns (and 16384), a part is taken
-    that depends on nothing but their number.
+    Of more images than are needed for ``positions_per_column`` times the columns (and for
+    ``MINIMUM_IMAGES``), the first are taken; of more positions than needed, a part that depends on
+    nothing but their number.
     """
     channels, taps = stage.weight.shape[1], stage.weight.shape[2] * stage.weight.shape[3]
     blocks = moment_blocks(stage.groups, channels, taps, options.max_columns)
     moments = InputMoments(blocks, stage.in_channels * taps // blocks)
     rows, columns = stage.output_size(q.shape[2], q.shape[3])
-    total = q.shape[1] * rows * columns
-    wanted = max(options.positions_per_column * channels * taps, 1 << 14)
-    seen = 0
-
-    def visit(patches: FloatArray) -> None:
-        nonlocal seen
-        index = np.arange(seen, seen + patches.shape[2], dtype=np.uint64)
-        seen += patches.shape[2]
-        if wanted < total:
-            # Fibonacci hashing spreads any run of positions evenly over 32 bits.
-            place = (index * np.uint64(2654435769)) & np.uint64(0xFFFFFFFF)
-            patches = patches[:, :, place < np.uint64(wanted / total * 2**32)]
-        moments.update(patches)
-
-    visit_patches(stage, q, visit)
+    wanted = max(options.positions_per_column * channels * taps, _MINIMUM_POSITIONS)
+    if correlates(stage):
+        q = q[:, : max(-(-wanted // (rows * columns)), MINIMUM_IMAGES)]
+        moments.count = q.shape[1] * rows * columns
+        # Sums of integers, up to the rounding of the mean.
+        moments.sums = np.rint(mean_patch(stage, q).reshape(blocks, -1) * moments.count)
+        moments.products = patch_products(q, blocks, kernels)
+        return moments
+    moments.update(patches_at(stage, q, _spread(q.shape[1] * rows * columns, wanted)))
     return moments
 
 
-def _bias(
-    stage: ConvStage, wanted: FloatArray, found: FloatArray, options: SequentialOptions
-) -> npt.NDArray[np.float32]:
-    bias = stage.bias.astype(np.float64)
-    if options.bias_correction:
-        axes = (1, 2, 3)
-        bias = bias + wanted.mean(axis=axes, dtype=np.float64)
-        bias = bias - found.mean(axis=axes, dtype=np.float64)
-    return np.asarray(bias, dtype=np.float32)
+def _spread(total: int, wanted: int) -> npt.NDArray[np.intp]:
+    """About ``wanted`` of ``total`` places, evenly spread; all of them if there are no more."""
+    places = np.arange(total)
+    # Fibonacci hashing spreads any run of places evenly over 32 bits.
+    hashed = (places.astype(np.uint64) * np.uint64(2654435769)) & np.uint64(0xFFFFFFFF)
+    return places[hashed < np.uint64(wanted / total * 2**32)] if wanted < total else places
 
 
-def _add(y: FloatArray, bias: npt.NDArray[Any]) -> FloatArray:
-    y += bias.astype(np.float32)[:, None, None, None]
-    return y
-
-
-def _correct_classifier(
-    chain: Chain, exact: FloatArray, real: FloatArray, options: SequentialOptions
-) -> Classifier:
-    if not options.bias_correction:
+def _correct_classifier(chain: Chain, x: FloatArray, floats: FloatPass | None) -> Classifier:
+    if floats is None:
         return chain.classifier
-    shift = (classify(chain, exact) - classify(chain, real)).mean(axis=0)
+    shift = floats.logits.mean(axis=0) - classify(chain, x).mean(axis=0)
     return replace(chain.classifier, bias=chain.classifier.bias + shift)

@@ -55,22 +55,29 @@ def observe_boundaries(
     return observe(run, first_inputs(), progress)
 
 
-def calibrate(
-    model: onnx.ModelProto,
-    images: ImageSet,
-    method: str,
-    preprocess: Preprocess | None,
-    progress: Callable[[int], None] | None = None,
-) -> CalibrationTable:
-    """Observe the boundaries of the float graph and choose a scale for each.
+def observe_images(
+    model: onnx.ModelProto, images: ImageSet, progress: Callable[[float], None] | None = None
+) -> Mapping[str, TensorObserver]:
+    """:func:`observe_boundaries` over calibration images; ``progress`` gets 0 to 1.
 
     Raises:
         InputError: if an image cannot be read or the network's tensors are not finite.
     """
+    report = (lambda done: progress(done / images.count)) if progress else None
     try:
-        observers = observe_boundaries(model, images.batches(), progress)
+        return observe_boundaries(model, images.batches(), report)
     except ObservationError as error:
         raise InputError(f"calibration failed: {error}") from error
+
+
+def table_by(
+    method: str,
+    observers: Mapping[str, TensorObserver],
+    model: onnx.ModelProto,
+    images: ImageSet,
+    preprocess: Preprocess | None,
+) -> CalibrationTable:
+    """A scale for each observed boundary of ``model``, by a calibration.threshold method."""
     chosen = Method(method)
     return CalibrationTable(
         method=method,

@@ -7,23 +7,28 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
+from onnx import numpy_helper
 
 from calibration.chain import Chain, ChainError
-from calibration.convolution import FloatArray, run_chain
+from calibration.convolution import FloatArray
 from calibration.images import Preprocess
-from calibration.moments import ChannelObserver, ChannelStatistics
+from calibration.moments import ChannelStatistics, RangeObserver
 from calibration.recipe import Outcome, RecipeOptions, quantize_by_recipe
 from calibration.recipe import Recipe as Rung
 from calibration.sample import ImageSample, sample_size
+from calibration.survey import FloatPass, survey
 from calibration.table import CalibrationTable, TensorRange
 from exporter.errors import GateFailedError, InputError
 from exporter.graph import with_outputs
 from exporter.image_set import ImageSet
+from exporter.onnx_kernels import OnnxKernels
 from exporter.onnx_runner import OnnxRunner
 from exporter.plain_chain import PlainChain, with_chain
 from exporter.quantize import RoundedWeight, quantize
@@ -36,11 +41,13 @@ _MAX_RELATIVE = 1e-4
 class Observed:
     """What one pass over the calibration images found at the chain's boundaries.
 
-    ``sample`` ``[n, C, H, W]`` is what second-order rounding works on; ``data_sha256`` and
-    ``image_count`` belong to all the images.
+    ``statistics`` have the ranges of all images and the moments of ``sample`` ``[n, C, H, W]``,
+    which is what second-order rounding works on; ``floats`` is the chain's run of the sample;
+    ``data_sha256`` and ``image_count`` belong to all the images.
     """
 
     statistics: tuple[ChannelStatistics, ...]
+    floats: FloatPass
     sample: FloatArray
     data_sha256: str
     image_count: int
@@ -48,11 +55,15 @@ class Observed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizedGraphs:
-    """The equalized float graph, the Q/DQ graph made from it, and the table that binds them."""
+    """The equalized float graph, the Q/DQ graph made from it, and the table that binds them.
+
+    ``outcome`` is the chain of both, before it was written into graphs.
+    """
 
     model: onnx.ModelProto
     graph: onnx.ModelProto
     table: CalibrationTable
+    outcome: Outcome
 
 
 def observe_chain(
@@ -67,30 +78,65 @@ def observe_chain(
         InputError: if an image cannot be read, or there are none.
         GateFailedError: if the chain computes something else than ``model``.
     """
-    (image_name, *inner) = plain.boundaries
-    runner = OnnxRunner(with_outputs(model, inner))
-    widths = [s.weight.shape[1] * s.groups for s in plain.chain.stages]
-    observers = [ChannelObserver(w) for w in (*widths, len(plain.chain.stages[-1].weight))]
+    observers, sample = _stream(model, plain, images, progress)
+    floats = survey(plain.chain, sample, OnnxKernels())
+    _require_same(model, sample[:_CHECKED_IMAGES], floats.logits[:_CHECKED_IMAGES])
+    return Observed(
+        statistics=tuple(
+            s.within(observer) for s, observer in zip(floats.statistics, observers, strict=True)
+        ),
+        floats=floats,
+        sample=sample,
+        data_sha256=images.to_json()["sha256"],
+        image_count=images.count,
+    )
+
+
+def _stream(
+    model: onnx.ModelProto,
+    plain: PlainChain,
+    images: ImageSet,
+    progress: Callable[[float], None],
+) -> tuple[list[RangeObserver], FloatArray]:
+    """The range of every boundary over all images, and the sample of them."""
+    runner = OnnxRunner(_with_ranges(model, plain.boundaries))
+    chain = plain.chain
+    widths = (*(s.in_channels for s in chain.stages), chain.stages[-1].out_channels)
+    observers = [RangeObserver(width) for width in widths]
     sample: ImageSample | None = None
     seen = 0
     for (batch,) in images.batches():
         if sample is None:
             sample = ImageSample(sample_size((batch.shape[2], batch.shape[3])))
         sample.update(batch)
-        found = {image_name: batch, **runner.run((batch,))}
-        for name, observer in zip(plain.boundaries, observers, strict=True):
-            observer.update(found[name])
+        found = list(runner.run((batch,)).values())
+        for observer, minima, maxima in zip(observers, found[::2], found[1::2], strict=True):
+            observer.add(minima, maxima)
         seen += len(batch)
         progress(seen / images.count)
     if sample is None:
         raise InputError("there are no calibration images")
-    _require_same(model, plain.chain, sample.images[:_CHECKED_IMAGES])
-    return Observed(
-        statistics=tuple(observer.statistics() for observer in observers),
-        sample=sample.images,
-        data_sha256=images.to_json()["sha256"],
-        image_count=images.count,
-    )
+    return observers, sample.images
+
+
+def _with_ranges(model: onnx.ModelProto, boundaries: Sequence[str]) -> onnx.ModelProto:
+    """A copy of ``model`` that returns two outputs ``[n, C]`` a boundary: minima, then maxima.
+
+    Reduced in place, the tensors themselves are never copied out.
+    """
+    names = [(op, boundary) for boundary in boundaries for op in ("ReduceMin", "ReduceMax")]
+    reduced = with_outputs(model, [f"{boundary}/{op}" for op, boundary in names])
+    axes = numpy_helper.from_array(np.array([2, 3], dtype=np.int64), "ranges/axes")
+    inputs = max(entry.version for entry in model.opset_import if not entry.domain) >= 18
+    reduced.graph.initializer.append(axes)
+    for op, boundary in names:
+        node = onnx.helper.make_node(op, [boundary], [f"{boundary}/{op}"], keepdims=0)
+        if inputs:
+            node.input.append(axes.name)
+        else:
+            node.attribute.append(onnx.helper.make_attribute("axes", [2, 3]))
+        reduced.graph.node.append(node)
+    return reduced
 
 
 def quantize_observed(
@@ -104,13 +150,16 @@ def quantize_observed(
 ) -> QuantizedGraphs:
     """Equalize, round and correct ``model`` by one of calibration.recipe's rungs.
 
-    The classifier and the options' ``keep_float`` stay float.
+    The classifier, the convolutions inside gates and the options' ``keep_float`` stay float.
 
     Raises:
         InputError: if ``keep_float`` names no convolution.
         GateFailedError: if equalization would change the float network.
     """
     options = options or RecipeOptions()
+    # What stays float anyway may be asked for too.
+    chosen = frozenset(options.keep_float).difference(plain.float_nodes)
+    options = replace(options, keep_float=chosen)
     outcome = _outcome(plain.chain, observed, Rung(recipe), options)
     done = outcome.quantized
     equalized = with_chain(model, outcome.equalization.chain)
@@ -122,11 +171,18 @@ def quantize_observed(
         for name, stage in done.stages.items()
     }
     table = _table(equalized, plain, observed, outcome, method=recipe, preprocess=preprocess)
-    kept = [*options.keep_float, model.graph.node[-1].name]
+    kept = [*options.keep_float, *plain.float_nodes]
     return QuantizedGraphs(
         model=equalized,
-        graph=quantize(corrected, table, keep_float=kept, rounded=rounded),
+        graph=quantize(
+            corrected,
+            table,
+            keep_float=kept,
+            rounded=rounded,
+            per_tensor_weights=options.per_tensor_weights,
+        ),
         table=table,
+        outcome=outcome,
     )
 
 
@@ -168,14 +224,23 @@ def _outcome(chain: Chain, observed: Observed, rung: Rung, options: RecipeOption
             f"no convolution is called {', '.join(unknown)}; known: {', '.join(sorted(known))}"
         )
     try:
-        return quantize_by_recipe(rung, chain, observed.statistics, observed.sample, options)
+        return quantize_by_recipe(
+            rung,
+            chain,
+            observed.statistics,
+            observed.sample,
+            options,
+            floats=observed.floats,
+            kernels=OnnxKernels(),
+        )
     except ChainError as error:
         raise GateFailedError(f"equalization failed: {error}") from error
 
 
-def _require_same(model: onnx.ModelProto, chain: Chain, images: np.ndarray) -> None:
-    (expected,) = OnnxRunner(model).run((images,)).values()
-    error = float(np.max(np.abs(run_chain(chain, images) - expected)))
+def _require_same(model: onnx.ModelProto, images: FloatArray, found: npt.NDArray[Any]) -> None:
+    """``found`` are the chain's logits on ``images``."""
+    expected = OnnxRunner(model)(images)
+    error = float(np.max(np.abs(found - expected)))
     span = float(np.ptp(expected)) or 1.0
     if not error <= _MAX_RELATIVE * span:
         raise GateFailedError(

@@ -96,8 +96,12 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     add("--evaluation", metavar="DIR", help="images to compare the stages on, in class folders")
     add("--evaluation-images", type=int, default=512, metavar="N",
         help="use at most N of them, spread evenly (default: 512)")  # fmt: skip
-    add("--recipe", help=f"{', '.join(map(str, Recipe))} (default: full, mse off plain RepVGG)")
+    add("--recipe", help=f"{', '.join(map(str, Recipe))}; auto measures all and takes the best "
+        "(default: full, or mse where the network is no chain)")  # fmt: skip
     add("--keep-float", metavar="NAMES", help="nodes that stay float in int8, comma-separated")
+    add("--per-tensor-weights", action="store_true", help="one scale a weight in int8, not one a "
+        "channel")  # fmt: skip
+    add("--power-of-two", action="store_true", help="equalize by powers of two only")
     add("--target", help="compute capabilities, such as sm86,sm89 (default: all that can)")
     add("--backend", default="auto", help="auto or tensorrt-rtx (default: auto)")
     add("--batch", metavar="MIN:OPT:MAX", help="batch profile (default: 1:8:32)")
@@ -107,7 +111,10 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     add("--preprocess", metavar="FILE", help="imagenet, a JSON file or another bundle's manifest")
     add("--out", metavar="DIR", help="bundle folder (default: build/MODEL-PRECISION)")
     add("--skip-bad-images", action="store_true", help="leave unreadable images out and count them")
-    add("--min-sqnr", dest="min_sqnr_db", type=float, metavar="DB", help="gate of fp16 or int8")
+    add("--min-sqnr", dest="min_sqnr_db", type=float, metavar="DB",
+        help="gate of fp16 or int8; int8 keeps as many layers in half as it takes")  # fmt: skip
+    add("--max-drop", type=float, metavar="POINTS",
+        help="top-1 that may be lost; int8 keeps as many layers in half as it takes")  # fmt: skip
     add("--min-agreement", type=float, metavar="FRACTION", help="top-1 agreement gate, 0 to 1")
     add("--workspace-mib", type=int, metavar="MIB", help="builder's scratch memory limit")
     parser.set_defaults(run=_run_engine)
@@ -129,8 +136,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ExporterError as error:
         if options.debug:
             traceback.print_exc()
+        evidence = error.evidence if isinstance(error, GateFailedError) else None
         if options.json:
-            print(json.dumps({"error": str(error), "exit_code": error.exit_code}))
+            failure = {"error": str(error), "exit_code": error.exit_code}
+            print(json.dumps(failure | ({"parity": evidence} if evidence else {})))
+        elif evidence:
+            print_ledger(evidence, "what was measured until then")
         print(f"repvgg-export: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
@@ -177,7 +188,7 @@ def _run_verify(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({"bundle": str(bundle.path), "parity": ledger.to_json()}))
     else:
-        print_ledger(ledger, f"{bundle.path}: files intact")
+        print_ledger(ledger.to_json(), f"{bundle.path}: files intact")
     if ledger.verdict != "pass":
         failed = next(stage for stage in ledger.stages if stage.status == "fail")
         raise GateFailedError(f"bundle {bundle.path}: stage {failed.stage}: {failed.reason}")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from exporter.parity import Ledger
     from exporter.pipeline import ExportResult
 
 
@@ -63,7 +62,7 @@ def result_json(result: ExportResult) -> dict[str, Any]:
 def print_result(result: ExportResult) -> None:
     """The ledger, what the engine contains, and where the bundle is."""
     spec = result.bundle.manifest["spec"]
-    print_ledger(result.ledger, f"RepVGG-{spec['variant']} {spec['precision']}")
+    print_ledger(result.ledger.to_json(), f"{spec['name']} {spec['precision']}")
     for targets, figures in _same_figures(result.engine["per_target"]):
         counts = figures["convolutions"]
         print(
@@ -91,36 +90,90 @@ def _same_figures(per_target: dict[str, Any]) -> list[tuple[str, dict[str, Any]]
     return groups
 
 
-def print_ledger(ledger: Ledger, title: str) -> None:
-    """One row a stage."""
+def print_ledger(parity: Mapping[str, Any], title: str) -> None:
+    """parity.json as tables: one row a stage, then the ladder and the layers in half."""
     from rich.table import Table
 
-    top1 = (
-        ""
-        if ledger.original_top1 is None
-        else f", original top-1 {100 * ledger.original_top1:.2f} %"
-    )
-    table = Table(title=f"{title}: {ledger.image_count} images ({ledger.images}){top1}")
+    top1 = parity["original_top1"]
+    words = "" if top1 is None else f", original top-1 {100 * top1:.2f} %"
+    table = Table(title=f"{title}: {parity['image_count']} images ({parity['images']}){words}")
     table.add_column("stage")
     table.add_column("status")
     for heading in ("SQNR dB", "max |diff|", "cosine", "agreement", "top-1"):
         table.add_column(heading, justify="right")
-    for row in ledger.stages:
-        figures = row.comparison
-        cells = ["", "", "", ""]
-        if figures is not None:
-            cells = [
-                f"{figures.sqnr_db:.1f}",
-                f"{figures.max_abs:.3g}",
-                f"{figures.cosine:.6f}",
-                "" if figures.top1_agreement is None else f"{100 * figures.top1_agreement:.2f} %",
-            ]
-        top = "" if row.top1 is None else f"{100 * row.top1:.2f} %"
-        table.add_row(row.stage, row.status.replace("_", " "), *cells, top)
+    for row in parity["stages"]:
+        table.add_row(
+            row["stage"],
+            row["status"].replace("_", " "),
+            _figure(row["sqnr_db"], "{:.1f}"),
+            _figure(row["max_abs"], "{:.3g}"),
+            _figure(row["cosine"], "{:.6f}"),
+            _percent(row["top1_agreement"]),
+            _percent(row["top1"]),
+        )
     print_table(table)
-    for row in ledger.stages:
-        if row.status == "not_run":
-            print(f"{row.stage} not run: {row.reason}")
+    if len(parity.get("ladder", ())) > 1:
+        _print_ladder(parity["ladder"])
+    mixed = parity.get("mixed_precision")
+    if mixed and mixed["wanted"]:
+        _print_curve(mixed)
+    for row in parity["stages"]:
+        if row["status"] == "not_run":
+            print(f"{row['stage']} not run: {row['reason']}")
+
+
+def _print_ladder(rungs: Sequence[Mapping[str, Any]]) -> None:
+    from rich.table import Table
+
+    table = Table(title="INT8 ladder")
+    table.add_column("recipe")
+    for heading in ("SQNR dB", "cosine", "KL, nats", "agreement", "top-1", "s"):
+        table.add_column(heading, justify="right")
+    table.add_column("")
+    for rung in rungs:
+        table.add_row(
+            rung["recipe"],
+            _figure(rung["sqnr_db"], "{:.1f}"),
+            _figure(rung["cosine"], "{:.6f}"),
+            _figure(rung["kl_nats"], "{:.2g}"),
+            _percent(rung["top1_agreement"]),
+            _percent(rung["top1"]),
+            _figure(rung["seconds"], "{:.1f}"),
+            "chosen" if rung["chosen"] else rung["reason"] or "",
+        )
+    print_table(table)
+
+
+def _print_curve(mixed: Mapping[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table(title="Layers in half")
+    table.add_column("layers", justify="right")
+    table.add_column("added")
+    for heading in ("INT8 share of MACs", "SQNR dB predicted", "measured", "agreement", "top-1"):
+        table.add_column(heading, justify="right")
+    table.add_column("")
+    for point in mixed["curve"]:
+        chosen = point["status"] == "pass" and point["kept"] == len(mixed["kept"])
+        table.add_row(
+            str(point["kept"]),
+            point["added"] or "",
+            _percent(point["int8_share"]),
+            _figure(point["predicted_sqnr_db"], "{:.1f}"),
+            _figure(point["sqnr_db"], "{:.1f}"),
+            _percent(point["top1_agreement"]),
+            _percent(point["top1"]),
+            "chosen" if chosen else "",
+        )
+    print_table(table)
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
+
+
+def _percent(fraction: float | None) -> str:
+    return "" if fraction is None else f"{100 * fraction:.2f} %"
 
 
 def print_table(table: Table) -> None:

@@ -13,7 +13,8 @@ or two lines; the command line prints them as they are.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 EXIT_DONE = 0
 EXIT_INTERRUPTED = 130
@@ -26,9 +27,16 @@ class ExporterError(Exception):
 
 
 class GateFailedError(ExporterError):
-    """A gate (parity, accuracy, graph contract, half range) failed."""
+    """A gate (parity, accuracy, graph contract, half range) failed.
+
+    ``evidence`` is the ledger up to there as parity.json would hold it, where there is one.
+    """
 
     exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, evidence: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.evidence = evidence
 
 
 class InputError(ExporterError):

@@ -58,7 +58,10 @@ def manifest(
     notes: tuple[str, ...],
 ) -> dict[str, Any]:
     source, interface = inputs.source, inputs.interface
-    calibration = {"recipe": recipe, **inputs.calibration.to_json()} if inputs.calibration else None
+    calibration = None
+    if inputs.calibration is not None:
+        calibration = {"recipe": recipe, **inputs.calibration.to_json()}
+        calibration["data"] = inputs.data.to_json() if inputs.data else None
     worst = max(fused.blocks, key=lambda block: block.relative, default=None)
     return {
         "created": created(),

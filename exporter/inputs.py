@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from calibration.images import Preprocess
+from exporter.data_check import DataCheck, check_calibration, require_usable
 from exporter.errors import InputError
 from exporter.image_set import FolderImages, ImageSet
 from exporter.network import Interface, classifier_interface
@@ -19,7 +20,8 @@ from models.registry import BundledWeights, bundled_weights
 class Inputs:
     """The trained network and every image that the run looks at.
 
-    ``preprocess`` is None where the network's input is no image ``[N, 3, H, W]``.
+    ``preprocess`` is None where the network's input is no image ``[N, 3, H, W]``. ``data`` is what
+    the calibration images look like; None without them.
     """
 
     source: Source
@@ -27,6 +29,7 @@ class Inputs:
     preprocess: Preprocess | None
     evaluation: ImageSet
     calibration: ImageSet | None
+    data: DataCheck | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -40,6 +43,9 @@ def prepare(
 
     ``source``, ``calibration`` and ``evaluation`` replace what would be loaded; without evaluation
     images parity is measured on ``calibration``.
+
+    Raises:
+        InputError: if something cannot be loaded, or the calibration images cannot decide scales.
     """
     source = source or load_network(spec)
     preprocess = choose_preprocess(spec, source)
@@ -50,16 +56,25 @@ def prepare(
     )
     if evaluation is None and calibration is not None and spec.evaluation is None:
         evaluation, notes = calibration, (arrays_note,)
-    if calibration is None and spec.precision is Precision.INT8:
+    needed = source.trained is None or spec.calibration is not None
+    if calibration is None and spec.precision is Precision.INT8 and needed:
         calibration = calibration_images(spec, source, _required(preprocess, "calibration"))
     if evaluation is None:
         evaluation, notes = evaluation_images(spec, source, _required(preprocess, "evaluation"))
+    data = None
+    if spec.precision is Precision.INT8 and calibration is not None:
+        # ImageNet's is a guess where the caller prepared the arrays and does not say how.
+        stated = preprocess if spec.preprocess or source.preprocess else None
+        data = check_calibration(calibration, source, stated, source.class_names)
+        require_usable(data)
+        notes += data.notes
     return Inputs(
         source=source,
         interface=source.interface or _variant_interface(spec, source, preprocess),
         preprocess=preprocess,
         evaluation=evaluation,
         calibration=calibration,
+        data=data,
         notes=notes,
     )
 

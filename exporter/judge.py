@@ -7,16 +7,22 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from exporter import parity
+from exporter.comparison import accuracy
 from exporter.errors import GateFailedError
 from exporter.image_set import ImageSet, LabelArray, outputs_of
+from exporter.ledger import Ledger, MixedPrecision, Rung
 from exporter.network import Interface, resized, torch_runner
 from exporter.onnx_runner import BATCH_SIZE, Batch, Outputs, Runner
-from exporter.parity import Gate, Ledger
+from exporter.parity import Gate, StageResult
 from exporter.source import Source
 from exporter.spec import ExportSpec
 
 MAX_OUTPUT_BYTES = 256 << 20
 """Of the original's outputs that are kept to compare with; large feature maps need fewer images."""
+
+
+FLOAT_STAGES = ("onnx", "simplified")
+UNQUANTIZED = "original without its quantizers"
 
 
 class Judge:
@@ -32,7 +38,8 @@ class Judge:
         self._spec = spec
         self._interface = interface
         self._count = images.count
-        run = torch_runner(source.module, interface)
+        trained = source.trained
+        run = trained.run if trained else torch_runner(source.module, interface)
         first = run(self.first_batch())
         image_bytes = sum(values[:1].nbytes for values in first.values())
         self._limit: int | None = None
@@ -40,6 +47,9 @@ class Judge:
             self._limit = max(1, MAX_OUTPUT_BYTES // (image_bytes * BATCH_SIZE))
             self._count = sum(len(batch[0]) for batch in self._own_batches())
         self.original: Outputs = outputs_of(run, self.batches())
+        self._unquantized: Outputs | None = None
+        if trained is not None:
+            self._unquantized = outputs_of(trained.run_float, self.batches())
         self.labels: LabelArray | None = None
         if interface.num_classes is not None:
             labels = images.labels(source.class_names, interface.num_classes)
@@ -49,7 +59,7 @@ class Judge:
             stages=(),
             images=images.description,
             image_count=self._count,
-            original_top1=parity.accuracy(logits, self.labels),
+            original_top1=accuracy(logits, self.labels),
         )
 
     @property
@@ -88,29 +98,46 @@ class Judge:
         ends = [(size.height[end], size.width[end]) for end in (0, 2)]
         return [end for end in dict.fromkeys(ends) if end != own]
 
-    def check(self, stage: str, run: Runner, gate: Gate | None = None) -> None:
-        """Run a stage on all images and add its row to the ledger.
+    def score(self, stage: str, run: Runner, gate: Gate | None = None) -> StageResult:
+        """Run a stage on all images and hold its outputs against the original's.
 
-        Raises:
-            GateFailedError: if it fails its gate.
+        A network that was trained with quantizers has them in it; the float graphs are held against
+        the same network without them.
         """
+        is_float = self._unquantized is not None and stage in FLOAT_STAGES
         result = parity.judge_outputs(
             stage,
-            self.original,
+            self._unquantized if is_float and self._unquantized else self.original,
             outputs_of(run, self.batches()),
             gate=gate,
             labels=self.labels,
             classifier=self._interface.num_classes is not None,
         )
+        return replace(result, reference=UNQUANTIZED) if is_float else result
+
+    def add(self, result: StageResult, advice: str = "") -> None:
+        """Add a row to the ledger; ``advice`` is a further clause for the error.
+
+        Raises:
+            GateFailedError: if the row says so; with the whole ledger as evidence.
+        """
         self.ledger = self.ledger.with_stage(result)
         if result.status == "fail":
-            frozen = stage == "onnx" and self._spec.variant is None
-            advice = (
-                "; tracing freezes what Python computes from shapes or values" if frozen else ""
-            )
             raise GateFailedError(
-                f"parity failed at stage {stage}: {result.reason}{advice}; nothing was published"
+                f"parity failed at stage {result.stage}: {result.reason}"
+                f"{'; ' if advice else ''}{advice}; nothing was published",
+                evidence=self.ledger.to_json(),
             )
+
+    def check(self, stage: str, run: Runner, gate: Gate | None = None) -> None:
+        """Score a stage and add its row.
+
+        Raises:
+            GateFailedError: if it fails its gate.
+        """
+        frozen = stage == "onnx" and self._spec.variant is None
+        advice = "tracing freezes what Python computes from shapes or values" if frozen else ""
+        self.add(self.score(stage, run, gate), advice)
 
     def recheck(self, stage: str, run: Runner) -> None:
         """Judge a stage again whose graph was replaced by an equal one; the row is replaced too."""
@@ -120,6 +147,10 @@ class Judge:
         self.check(stage, run)
         rows = (*self.ledger.stages, *before.stages[place + 1 :])
         self.ledger = replace(before, stages=rows)
+
+    def record_int8(self, ladder: tuple[Rung, ...], mixed: MixedPrecision | None) -> None:
+        """Put the ladder and the Pareto list into the ledger."""
+        self.ledger = replace(self.ledger, ladder=ladder, mixed_precision=mixed)
 
     def skip(self, stage: str, reason: str) -> None:
         """Add a row for a stage that did not run."""

@@ -1,13 +1,7 @@
 """The stage ledger: does every step still compute what was trained?
 
-Every stage's outputs are compared with those of the original module on the same real images. With
-reference r and output y over all images and all values of one output::
-
-    max_abs   = max |r - y|                      in the output's units
-    relative  = max_abs / (max r - min r)        infinite if all r are equal and y is not r
-    SQNR      = 10 log10( sum r^2 / sum (r - y)^2 )   in dB, at most 200 (bit-identical)
-    cosine    = r.y / (|r| |y|)
-    top-1 agreement = fraction of images with the same arg max; classifiers only
+Every stage's outputs are compared with those of the original module on the same real images, by the
+figures of :mod:`exporter.comparison`.
 
 Where there are several outputs, each must pass, and the stage's figures are those of the worst.
 
@@ -33,37 +27,28 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-FloatArray = npt.NDArray[np.float32]
-MAX_SQNR_DB = 200.0
+from exporter.comparison import Comparison, FloatArray, accuracy, compare
+
 ORIGINAL = "original"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
-    """One output against its reference; definitions in the module's docstring."""
-
-    max_abs: float
-    relative: float
-    sqnr_db: float
-    cosine: float
-    top1_agreement: float | None
-
-    def to_json(self) -> dict[str, float | None]:
-        """The figures; JSON has no infinity, as ``relative`` is where the reference is constant."""
-        figures = asdict(self)
-        return {k: v if v is not None and math.isfinite(v) else None for k, v in figures.items()}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Gate:
-    """What a comparison must satisfy; None means that the figure is not gated."""
+    """What a comparison must satisfy; None means that the figure is not gated.
+
+    ``max_top1_drop`` is a fraction: 0.002 allows 0.2 points of accuracy to be lost.
+    """
 
     max_relative: float | None = None
     min_sqnr_db: float | None = None
     min_top1_agreement: float | None = None
+    max_top1_drop: float | None = None
 
-    def violations(self, comparison: Comparison) -> list[str]:
-        """Every way in which ``comparison`` falls short, with both figures."""
+    def violations(self, comparison: Comparison, top1_drop: float | None = None) -> list[str]:
+        """Every way in which ``comparison`` falls short, with both figures.
+
+        ``top1_drop`` is the accuracy that was lost, None without labels.
+        """
         found = []
         if self.max_relative is not None and not comparison.relative <= self.max_relative:
             found.append(
@@ -75,6 +60,10 @@ class Gate:
         wanted, agreement = self.min_top1_agreement, comparison.top1_agreement
         if wanted is not None and agreement is not None and not agreement >= wanted:
             found.append(f"top-1 agreement is {100 * agreement:.1f} %, required {100 * wanted:g} %")
+        allowed = self.max_top1_drop
+        # A fraction of images is no exact decimal number.
+        if allowed is not None and top1_drop is not None and not top1_drop <= allowed + 1e-9:
+            found.append(f"top-1 fell by {100 * top1_drop:.2f} points, allowed {100 * allowed:g}")
         return found
 
     def to_json(self) -> dict[str, float]:
@@ -118,7 +107,7 @@ class StageResult:
     def to_json(self) -> dict[str, Any]:
         """The row as parity.json holds it; figures are null where nothing was compared."""
         figures = self.comparison.to_json() if self.comparison else {}
-        keys = ("max_abs", "relative", "sqnr_db", "cosine", "top1_agreement")
+        keys = ("max_abs", "relative", "sqnr_db", "cosine", "kl_nats", "top1_agreement")
         breakdown = {name: comparison.to_json() for name, comparison in self.outputs.items()}
         return {
             "stage": self.stage,
@@ -130,70 +119,6 @@ class StageResult:
             "tolerance": self.gate.to_json(),
             **({"outputs": breakdown} if breakdown else {}),
         }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ledger:
-    """All stages in order. ``images`` says in words which images were compared."""
-
-    stages: tuple[StageResult, ...]
-    images: str
-    image_count: int
-    original_top1: float | None = None
-
-    @property
-    def verdict(self) -> str:
-        """``pass`` if something ran and nothing failed; what did not run is listed beside it."""
-        statuses = {stage.status for stage in self.stages}
-        return "pass" if "pass" in statuses and "fail" not in statuses else "fail"
-
-    @property
-    def not_run(self) -> tuple[str, ...]:
-        """Names of the stages that did not run; they never count as passed."""
-        return tuple(stage.stage for stage in self.stages if stage.status == "not_run")
-
-    def with_stage(self, result: StageResult) -> Ledger:
-        """A ledger with one more row."""
-        return replace(self, stages=(*self.stages, result))
-
-    def to_json(self) -> dict[str, Any]:
-        """parity.json."""
-        return {
-            "verdict": self.verdict,
-            "not_run": list(self.not_run),
-            "images": self.images,
-            "image_count": self.image_count,
-            "original_top1": self.original_top1,
-            "stages": [stage.to_json() for stage in self.stages],
-        }
-
-
-def compare(reference: FloatArray, output: FloatArray, *, classifier: bool = True) -> Comparison:
-    """Compare two outputs ``[N, ...]``, both finite, of one shape; a classifier's are logits."""
-    r, y = reference.astype(np.float64), output.astype(np.float64)
-    difference = r - y
-    max_abs = float(np.max(np.abs(difference)))
-    noise, signal = float(np.sum(difference**2)), float(np.sum(r**2))
-    span = float(np.ptp(r))
-    norms = math.sqrt(signal) * float(np.linalg.norm(y))
-    cosine = float(np.sum(r * y)) / norms if norms > 0 else float(max_abs == 0)
-    return Comparison(
-        max_abs=max_abs,
-        relative=max_abs / span if span > 0 else (0.0 if max_abs == 0 else math.inf),
-        sqnr_db=_decibel(signal, noise),
-        cosine=min(1.0, max(-1.0, cosine)),
-        top1_agreement=(
-            float(np.mean(r.argmax(axis=1) == y.argmax(axis=1))) if classifier else None
-        ),
-    )
-
-
-def _decibel(signal: float, noise: float) -> float:
-    if noise == 0:
-        return MAX_SQNR_DB
-    if signal == 0:
-        return -MAX_SQNR_DB
-    return min(MAX_SQNR_DB, max(-MAX_SQNR_DB, 10 * math.log10(signal / noise)))
 
 
 def judge(
@@ -221,14 +146,16 @@ def judge(
             reason = f"{bad} {what} {values.size} outputs are NaN or Inf"
             return StageResult(stage=stage, status="fail", reason=reason, gate=gate)
     comparison = compare(reference, output, classifier=classifier)
-    violations = gate.violations(comparison)
+    top1, before = accuracy(output, labels), accuracy(reference, labels)
+    drop = None if top1 is None or before is None else before - top1
+    violations = gate.violations(comparison, drop)
     return StageResult(
         stage=stage,
         status="fail" if violations else "pass",
         reason="; ".join(violations) or None,
         comparison=comparison,
         gate=gate,
-        top1=accuracy(output, labels),
+        top1=top1,
     )
 
 
@@ -275,10 +202,3 @@ def _rank(row: StageResult) -> tuple[bool, float]:
 def not_run(stage: str, reason: str) -> StageResult:
     """A row for a stage that did not run."""
     return StageResult(stage=stage, status="not_run", reason=reason, gate=GATES.get(stage, Gate()))
-
-
-def accuracy(logits: FloatArray, labels: npt.NDArray[np.int64] | None) -> float | None:
-    """Top-1 as a fraction, or None without labels."""
-    if labels is None:
-        return None
-    return float(np.mean(logits.argmax(axis=1) == labels))

@@ -8,21 +8,17 @@ first failed gate ends the run and nothing is published.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import onnx
 from torch import nn
 
-from calibration.recipe import RecipeOptions
-from calibration.table import CalibrationTable
 from exporter import bundle as files
-from exporter import contract, parity, report
+from exporter import contract, report
 from exporter.bundle import Bundle, BundleWriter
-from exporter.calibrator import calibrate
-from exporter.chain_quantizer import observe_chain, quantize_observed
 from exporter.contract import ContractVerdict
 from exporter.engine import (
     Backend,
@@ -33,22 +29,18 @@ from exporter.engine import (
     get_backend,
     parse_targets,
 )
-from exporter.errors import InputError
 from exporter.evidence import manifest, write_evidence
 from exporter.fused_blocks import Fused, expected_blocks, fuse
 from exporter.graph import pointwise_convolutions, quantizable
 from exporter.inputs import Inputs, prepare
 from exporter.judge import Judge
+from exporter.ledger import Ledger
 from exporter.network import torch_runner
 from exporter.onnx_export import export_network, export_onnx
 from exporter.onnx_runner import OnnxRunner
-from exporter.parity import Gate, Ledger
-from exporter.plain_chain import read_chain
-from exporter.precision import largest_magnitudes, require_half_range, to_half
-from exporter.quantize import quantize
+from exporter.precision_stage import apply_precision
 from exporter.simplify import simplify
-from exporter.source import Source
-from exporter.spec import RANDOM, ExportSpec, Precision, Recipe
+from exporter.spec import ExportSpec, Precision
 from models.repvgg import RepVGG
 from models.variants import Squeeze
 
@@ -73,15 +65,6 @@ class ExportResult:
     engine: dict[str, Any]
     notes: tuple[str, ...]
     seconds: dict[str, float]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Precise:
-    """The float graph to publish, the graph that the builder will parse, and its INT8 scales."""
-
-    model: onnx.ModelProto
-    graph: onnx.ModelProto
-    table: CalibrationTable | None = None
 
 
 @dataclass(slots=True)
@@ -125,7 +108,7 @@ def run(
             judge = Judge(spec, inputs.source, inputs.evaluation, inputs.interface)
             fused = _reparameterize(inputs, judge)
         model, verdict = _export(spec, inputs, fused.module, judge, clock)
-        precise = _apply_precision(spec, inputs, model, judge, clock)
+        precise = apply_precision(spec, inputs, model, judge, clock.stage)
         onnx.save(precise.model, writer.path(files.MODEL))
         graph_path = writer.path(files.MODEL)
         if spec.precision is not Precision.FP32:
@@ -140,10 +123,11 @@ def run(
             workspace_mib=spec.workspace_mib,
         )
         with clock.stage("engine") as advance:
-            engine = _build(backend, request, model, advance, kept=len(spec.keep_float))
+            kept = {*spec.keep_float, *precise.kept_half, *precise.kept_float}
+            engine = _build(backend, request, model, advance, kept=kept)
         judge.skip("engine", engine_not_run_reason())
         with clock.stage("publish"):
-            notes = inputs.source.notes + inputs.notes + fused.notes + judge.notes
+            notes = inputs.source.notes + inputs.notes + fused.notes + precise.notes + judge.notes
             write_evidence(writer, inputs, judge, engine, precise.table)
             document = manifest(
                 spec,
@@ -207,100 +191,26 @@ def _is_plain(spec: ExportSpec) -> bool:
     return spec.variant is not None and spec.variant.squeeze is Squeeze.NONE
 
 
-def _apply_precision(
-    spec: ExportSpec, inputs: Inputs, model: onnx.ModelProto, judge: Judge, clock: _Clock
-) -> Precise:
-    if spec.precision is Precision.FP32:
-        return Precise(model=model, graph=model)
-    gate = _precision_gate(spec, inputs.source)
-    if spec.precision is Precision.FP16:
-        with clock.stage("half"):
-            require_half_range(largest_magnitudes(model, judge.batches()))
-            graph = to_half(model)
-            judge.check("fp16", OnnxRunner(graph, optimize=False).run, gate)
-        return Precise(model=model, graph=graph)
-    return _quantize(spec, inputs, model, judge, clock)
-
-
-def _quantize(
-    spec: ExportSpec,
-    inputs: Inputs,
-    model: onnx.ModelProto,
-    judge: Judge,
-    clock: _Clock,
-) -> Precise:
-    gate = _precision_gate(spec, inputs.source)
-    images = inputs.calibration
-    if images is None:
-        raise InputError("int8 needs calibration images: pass CALIB=folder")
-    plain = read_chain(model) if spec.recipe is None or spec.recipe.needs_chain else None
-    recipe = spec.recipe or (Recipe.FULL if plain else Recipe.MSE)
-    if recipe.needs_chain and plain is None:
-        raise InputError(
-            f"recipe {recipe} rescales a plain chain of convolutions, which {spec.title} is not; "
-            "use --recipe mse"
-        )
-    if plain is not None:
-        with clock.stage("calibrate") as advance:
-            observed = observe_chain(model, plain, images, advance)
-        with clock.stage("quantize"):
-            made = quantize_observed(
-                model,
-                plain,
-                observed,
-                str(recipe),
-                options=RecipeOptions(keep_float=frozenset(spec.keep_float)),
-                preprocess=inputs.preprocess,
-            )
-            # Equalization changes no float result: the graph that is published is judged anew.
-            judge.recheck("simplified", OnnxRunner(made.model).run)
-            judge.check("int8", OnnxRunner(made.graph).run, gate)
-        return Precise(model=made.model, graph=made.graph, table=made.table)
-    with clock.stage("calibrate") as advance:
-        table = calibrate(
-            model,
-            images,
-            str(recipe),
-            inputs.preprocess,
-            lambda done: advance(done / images.count),
-        )
-    with clock.stage("quantize"):
-        graph = quantize(model, table, keep_float=spec.keep_float)
-        judge.check("int8", OnnxRunner(graph).run, gate)
-    return Precise(model=model, graph=graph, table=table)
-
-
-def _precision_gate(spec: ExportSpec, source: Source) -> Gate:
-    gate = parity.GATES[str(spec.precision)]
-    if source.origin["source"] == RANDOM and spec.precision is Precision.INT8:
-        gate = parity.UNTRAINED_INT8_GATE
-    if spec.min_sqnr_db is not None:
-        gate = replace(gate, min_sqnr_db=spec.min_sqnr_db)
-    if spec.min_agreement is not None:
-        gate = replace(gate, min_top1_agreement=spec.min_agreement)
-    return gate
-
-
 def _build(
     backend: Backend,
     request: BuildRequest,
     model: onnx.ModelProto,
     advance: Callable[[float], None],
     *,
-    kept: int,
+    kept: Collection[str],
 ) -> BuiltEngine:
     """The engine of ``request``; ``model`` is the float graph whose convolutions it must have.
 
-    ``kept`` of them were asked to stay float in an INT8 engine.
+    The nodes ``kept`` stay float or half in an INT8 engine.
     """
     engine = backend.build(request, lambda _phase, fraction: advance(fraction))
     convolutions = sum(node.op_type == "Conv" for node in model.graph.node)
-    constant = sum(node.op_type == "Conv" for node in quantizable(model))
+    quantized = sum(n.op_type == "Conv" and n.name not in kept for n in quantizable(model))
     check_engine(
         engine.summary,
         request.precision,
         convolutions,
-        computed_weights=convolutions - constant + kept,
+        computed_weights=convolutions - quantized,
         pointwise=pointwise_convolutions(model),
     )
     return engine

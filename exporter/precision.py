@@ -116,16 +116,17 @@ def _store_half(graph: onnx.GraphProto, sizes: Mapping[str, bool]) -> None:
     for tensor in [t for t in graph.initializer if t.data_type == TensorProto.FLOAT]:
         values = numpy_helper.to_array(tensor)
         if tensor.name not in kept:
-            tensor.CopyFrom(_rounded(values, tensor.name))
+            tensor.CopyFrom(rounded_to_half(values, tensor.name))
             continue
         readers = [node for node in graph.node if tensor.name in _half_operands(node, sizes)]
         if readers:
-            graph.initializer.append(_rounded(values, f"{tensor.name}.half"))
+            graph.initializer.append(rounded_to_half(values, f"{tensor.name}.half"))
         for node in readers:
             _rename_operands(node, tensor.name, f"{tensor.name}.half")
 
 
-def _rounded(values: np.ndarray, name: str) -> onnx.TensorProto:
+def rounded_to_half(values: np.ndarray, name: str) -> onnx.TensorProto:
+    """``values`` in half as the initializer ``name``; GateFailedError beyond half's range."""
     largest = float(np.max(np.abs(values), initial=0.0))
     if not largest <= HALF_MAX:
         raise _overflow(name, largest)
@@ -168,7 +169,7 @@ def _retype(node: onnx.NodeProto) -> None:
             attribute.i = TensorProto.FLOAT16
         elif attribute.t.data_type == TensorProto.FLOAT:
             values = numpy_helper.to_array(attribute.t)
-            attribute.t.CopyFrom(_rounded(values, node.name or node.output[0]))
+            attribute.t.CopyFrom(rounded_to_half(values, node.name or node.output[0]))
 
 
 def largest_magnitudes(model: onnx.ModelProto, batches: Iterable[Batch]) -> Mapping[str, float]:

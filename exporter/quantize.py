@@ -23,7 +23,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from calibration.table import CalibrationTable
-from calibration.threshold import quantize_weights, weight_scales
+from calibration.threshold import quantize_weights, tensor_scale, weight_scales
 from exporter.errors import InputError
 from exporter.graph import attributes, quantizable
 
@@ -42,11 +42,12 @@ def quantize(
     *,
     keep_float: Collection[str] = (),
     rounded: Mapping[str, RoundedWeight] | None = None,
+    per_tensor_weights: bool = False,
 ) -> onnx.ModelProto:
     """Return the Q/DQ copy of a float graph.
 
     ``keep_float`` names nodes that stay float. ``rounded`` holds integers by weight name; other
-    weights are rounded to nearest.
+    weights are rounded to nearest, by a scale for each output channel or for the whole tensor.
 
     Raises:
         InputError: if ``keep_float`` names no Conv or Gemm of the graph, or the table has no scale
@@ -70,8 +71,12 @@ def quantize(
                 nodes += _activation_nodes(source, table, initializers)
             if weight not in dequantized:
                 axis = _channel_axis(node)
-                integers = (rounded or {}).get(weight) or _nearest(weights[weight], axis)
-                nodes.append(_weight_node(weight, axis, integers, initializers))
+                integers = (rounded or {}).get(weight) or _nearest(
+                    weights[weight], axis, per_tensor_weights=per_tensor_weights
+                )
+                nodes.append(
+                    _weight_node(weight, axis, integers, initializers, shared=per_tensor_weights)
+                )
             dequantized |= {source, weight}
             node.input[0], node.input[1] = f"{source}.dequantized", f"{weight}.dequantized"
         nodes.append(node)
@@ -101,26 +106,36 @@ def _activation_nodes(
     ]
 
 
-def _nearest(weight: npt.NDArray[np.float32], axis: int) -> RoundedWeight:
+def _nearest(
+    weight: npt.NDArray[np.float32], axis: int, *, per_tensor_weights: bool
+) -> RoundedWeight:
     by_channel = np.moveaxis(weight, axis, 0)
-    scales = weight_scales(by_channel)
+    scales = (tensor_scale if per_tensor_weights else weight_scales)(by_channel)
     return RoundedWeight(integers=quantize_weights(by_channel, scales), scales=scales)
 
 
 def _weight_node(
-    name: str, axis: int, weight: RoundedWeight, initializers: dict[str, onnx.TensorProto]
+    name: str,
+    axis: int,
+    weight: RoundedWeight,
+    initializers: dict[str, onnx.TensorProto],
+    *,
+    shared: bool,
 ) -> onnx.NodeProto:
+    """``shared``: the scales are all the same, and one of them is stored, as a scalar."""
     integers, scales = np.moveaxis(weight.integers, 0, axis), weight.scales
+    if shared:
+        scales = np.array(scales[0], dtype=np.float32)
     stored, scale, zero = f"{name}.int8", f"{name}.scale", f"{name}.zero_point"
     initializers[stored] = numpy_helper.from_array(np.ascontiguousarray(integers), stored)
     initializers[scale] = numpy_helper.from_array(scales, scale)
-    initializers[zero] = numpy_helper.from_array(np.zeros(len(scales), dtype=np.int8), zero)
+    initializers[zero] = numpy_helper.from_array(np.zeros(scales.shape, dtype=np.int8), zero)
     return helper.make_node(
         "DequantizeLinear",
         [stored, scale, zero],
         [f"{name}.dequantized"],
         name=f"{name}.dq",
-        axis=axis,
+        axis=None if shared else axis,
     )
 
 

@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from exporter import bundle as files
 from exporter.bundle import BundleWriter
-from exporter.parity import Ledger
+from exporter.ledger import Ledger
 
 
 def junit_xml(ledger: Ledger, suite: str) -> str:
@@ -51,6 +51,7 @@ def html(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters |= {"figure": _figure, "percent": _percent}
     template = environment.get_template("report.html.j2")
     return template.render(
         manifest=manifest,
@@ -60,6 +61,14 @@ def html(
         seconds=seconds,
         command=_command(manifest["spec"]),
     )
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "" if value is None else form % value
+
+
+def _percent(fraction: float | None) -> str:
+    return "" if fraction is None else f"{100 * fraction:.2f} %"
 
 
 def write(
@@ -89,6 +98,7 @@ def _command(spec: Mapping[str, Any]) -> str:
         "preprocess": "--preprocess",
         "min_sqnr_db": "--min-sqnr",
         "min_agreement": "--min-agreement",
+        "max_drop": "--max-drop",
         "batch": "--batch",
         "recipe": "--recipe",
         "dynamic_size": "--dynamic-size",
@@ -101,6 +111,6 @@ def _command(spec: Mapping[str, Any]) -> str:
         words += ["--image-size", "x".join(map(str, spec["image_size"]))]
     if spec["keep_float"]:
         words += ["--keep-float", ",".join(spec["keep_float"])]
-    if spec["skip_bad_images"]:
-        words.append("--skip-bad-images")
+    flags = ("skip_bad_images", "per_tensor_weights", "power_of_two")
+    words += [f"--{flag.replace('_', '-')}" for flag in flags if spec[flag]]
     return " ".join(words)

@@ -12,9 +12,11 @@ from torch import nn
 from calibration.images import Preprocess
 from exporter.bundle import file_sha256
 from exporter.errors import EnvironmentLackError, InputError
-from exporter.network import Interface
-from exporter.spec import HUB, RANDOM, ExportSpec, weights_advice
-from models.checkpoint import CheckpointError, load_checkpoint
+from exporter.network import Interface, classifier_interface
+from exporter.qdq_source import import_quantized
+from exporter.spec import HUB, RANDOM, ExportSpec, Precision, weights_advice
+from exporter.trained_network import TrainedNetwork, from_checkpoint
+from models.checkpoint import CheckpointError, LoadedCheckpoint, load_checkpoint
 from models.registry import (
     PublicWeightsError,
     bundled_weights,
@@ -33,6 +35,7 @@ class Source:
 
     ``variant`` is None for a network of the caller's own, whose ``interface`` is then known.
     ``origin`` is what the manifest records about the weights; ``notes`` is for the user.
+    ``trained`` is set where the weights carry INT8 scales that are to be used.
     """
 
     module: nn.Module
@@ -43,6 +46,7 @@ class Source:
     class_names: tuple[str, ...] | None = None
     preprocess: Preprocess | None = None
     interface: Interface | None = None
+    trained: TrainedNetwork | None = None
 
 
 def load_network(spec: ExportSpec) -> Source:
@@ -62,24 +66,74 @@ def load_network(spec: ExportSpec) -> Source:
     if spec.weights == HUB or spec.weights.startswith(f"{HUB}@"):
         return _public(variant, spec.weights)
     path = Path(spec.weights)
-    return _from_file(variant, path, {"source": "file", "file": str(path)}, ())
+    origin = {"source": "file", "file": str(path)}
+    if path.suffix.lower() == ".onnx":
+        return _from_graph(spec, variant, path, origin)
+    loaded = _loaded(variant, path)
+    return _with_scales(spec, loaded, _described(loaded, path, origin, ()))
 
 
 def _from_file(
     variant: Variant, path: Path, origin: dict[str, Any], notes: tuple[str, ...]
 ) -> Source:
+    return _described(_loaded(variant, path), path, origin, notes)
+
+
+def _loaded(variant: Variant, path: Path) -> LoadedCheckpoint:
     try:
-        loaded = load_checkpoint(path, variant)
+        return load_checkpoint(path, variant)
     except CheckpointError as error:
         raise InputError(str(error)) from error
+
+
+def _described(
+    loaded: LoadedCheckpoint, path: Path, origin: dict[str, Any], notes: tuple[str, ...]
+) -> Source:
     found = {"format": loaded.format, "form": loaded.form, "num_classes": loaded.num_classes}
     return Source(
         module=loaded.module,
-        variant=variant,
+        variant=loaded.variant,
         form=loaded.form,
         origin={**origin, "sha256": file_sha256(path), **found},
         notes=notes,
     )
+
+
+def _from_graph(spec: ExportSpec, variant: Variant, path: Path, origin: dict[str, Any]) -> Source:
+    """A Q/DQ graph from quantization-aware training."""
+    if spec.precision is not Precision.INT8:
+        raise InputError(
+            f"{path} is a graph with INT8 scales: use PRECISION=int8, or pass the checkpoint"
+        )
+    trained = import_quantized(path, variant)
+    size = trained.image_size
+    if size is not None and (spec.dynamic_size or spec.image_size not in (None, size)):
+        raise InputError(
+            f"{path} was exported for images of {size[0]}x{size[1]}; leave the size away, or "
+            "export it with free height and width"
+        )
+    found = {"format": "qdq", "form": "deploy", "num_classes": trained.num_classes}
+    return Source(
+        module=trained.module,
+        variant=variant,
+        form="deploy",
+        origin={**origin, "sha256": trained.scales.sha256, **found},
+        notes=trained.notes,
+        interface=classifier_interface(size, trained.num_classes, None) if size else None,
+        trained=trained,
+    )
+
+
+def _with_scales(spec: ExportSpec, loaded: LoadedCheckpoint, source: Source) -> Source:
+    """``source`` with the scales that its checkpoint carries, if it does."""
+    if not loaded.scales:
+        return source
+    if spec.precision is not Precision.INT8:
+        note = f"{spec.weights} carries INT8 scales, which {spec.precision} does not use"
+        return replace(source, notes=(*source.notes, note))
+    trained = from_checkpoint(loaded, source.origin["sha256"])
+    notes = (*source.notes, *trained.notes)
+    return replace(source, module=trained.module, notes=notes, trained=trained)
 
 
 def _bundled(variant: Variant) -> Source:

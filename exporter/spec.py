@@ -35,7 +35,7 @@ class Precision(str, Enum):
 
 
 class Recipe(str, Enum):
-    """The rungs of the INT8 ladder, from plain to full (calibration.recipe.Recipe)."""
+    """The rungs of the INT8 ladder, from plain to full (calibration.recipe.Recipe), or all."""
 
     MINMAX = "minmax"
     PERCENTILE = "percentile"
@@ -43,14 +43,10 @@ class Recipe(str, Enum):
     ENTROPY = "entropy"
     EQUALIZE = "equalize"
     FULL = "full"
+    AUTO = "auto"
 
     def __str__(self) -> str:
         return self.value
-
-    @property
-    def needs_chain(self) -> bool:
-        """Whether it rescales a plain chain of convolutions, and fits no other graph."""
-        return self in (Recipe.EQUALIZE, Recipe.FULL)
 
 
 DEFAULT_BATCH = BatchProfile(1, 8, 32)
@@ -69,7 +65,9 @@ class ExportSpec:
     ``target`` is still text, because which targets exist is the backend's knowledge.
     ``preprocess`` is ``imagenet``, a JSON file, or None (the checkpoint's own, else ImageNet's).
     ``recipe`` None is the best that the graph allows; ``keep_float`` names nodes that stay float.
-    ``min_sqnr_db`` and ``min_agreement`` replace the default gate of the precision stage.
+    ``min_sqnr_db`` and ``min_agreement`` replace the default gate of the precision stage;
+    ``max_drop`` adds one, in points of top-1. At int8, ``min_sqnr_db`` and ``max_drop`` keep as
+    many layers in half as they need. ``power_of_two`` binds equalization's scales.
     """
 
     variant: Variant | None
@@ -92,6 +90,9 @@ class ExportSpec:
     skip_bad_images: bool = False
     min_sqnr_db: float | None = None
     min_agreement: float | None = None
+    max_drop: float | None = None
+    per_tensor_weights: bool = False
+    power_of_two: bool = False
     workspace_mib: int | None = None
 
     @property
@@ -137,6 +138,9 @@ class ExportRequest:
     skip_bad_images: bool = False
     min_sqnr_db: float | None = None
     min_agreement: float | None = None
+    max_drop: float | None = None
+    per_tensor_weights: bool = False
+    power_of_two: bool = False
     workspace_mib: int | None = None
 
 
@@ -175,6 +179,8 @@ def validate(request: ExportRequest, network: Variant | str | None = None) -> Ex
     if variant is not None and dynamic_size is not None:
         complaints += _dynamic_size_complaints(dynamic_size, image_size)
     complaints += _number_complaints(request)
+    if precision is not None and precision is not Precision.INT8:
+        complaints += _int8_complaints(request, precision)
     if complaints or precision is None or batch is None:
         raise InputError("; ".join(complaints))
     return ExportSpec(
@@ -198,6 +204,9 @@ def validate(request: ExportRequest, network: Variant | str | None = None) -> Ex
         skip_bad_images=request.skip_bad_images,
         min_sqnr_db=request.min_sqnr_db,
         min_agreement=request.min_agreement,
+        max_drop=request.max_drop,
+        per_tensor_weights=request.per_tensor_weights,
+        power_of_two=request.power_of_two,
         workspace_mib=request.workspace_mib,
     )
 
@@ -262,6 +271,15 @@ def _dynamic_size_complaints(profile: SizeProfile, image_size: tuple[int, int] |
     return complaints
 
 
+def _int8_complaints(request: ExportRequest, precision: Precision) -> list[str]:
+    """What only INT8 can obey must not be dropped in silence."""
+    names = ("recipe", "keep_float", "per_tensor_weights", "power_of_two")
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(request, name)]
+    if not given:
+        return []
+    return [f"{', '.join(given)} belong{'s' * (len(given) == 1)} to int8, not to {precision}"]
+
+
 def _number_complaints(request: ExportRequest) -> list[str]:
     complaints = []
     for name in ("calibration_images", "evaluation_images", "workspace_mib"):
@@ -272,4 +290,6 @@ def _number_complaints(request: ExportRequest) -> list[str]:
         complaints.append(f"min sqnr must be a finite number of dB, not {request.min_sqnr_db:g}")
     if request.min_agreement is not None and not 0 <= request.min_agreement <= 1:
         complaints.append(f"min agreement must be in [0, 1], not {request.min_agreement:g}")
+    if request.max_drop is not None and not 0 <= request.max_drop <= 100:
+        complaints.append(f"max drop must be 0 to 100 points of top-1, not {request.max_drop:g}")
     return complaints

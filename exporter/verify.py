@@ -12,8 +12,9 @@ from exporter import parity
 from exporter.bundle import MODEL, Bundle
 from exporter.engine import engine_not_run_reason
 from exporter.errors import GateFailedError
+from exporter.ledger import Ledger
 from exporter.onnx_runner import OnnxRunner
-from exporter.parity import Gate, Ledger, StageResult
+from exporter.parity import ORIGINAL, Gate, StageResult
 
 
 def verify(bundle: Bundle) -> Ledger:
@@ -41,10 +42,15 @@ def verify(bundle: Bundle) -> Ledger:
             stage, reference, named, gate=gates[stage], classifier=classifier
         )
 
-    found = OnnxRunner(bundle.path / MODEL).run(batch)
-    ledger = ledger.with_stage(
-        judged("simplified", found if len(found) > 1 else next(iter(found.values())))
-    )
+    references = {row["stage"]: row["reference"] for row in bundle.parity["stages"]}
+    if references.get("simplified", ORIGINAL) == ORIGINAL:
+        found = OnnxRunner(bundle.path / MODEL).run(batch)
+        ledger = ledger.with_stage(
+            judged("simplified", found if len(found) > 1 else next(iter(found.values())))
+        )
+    else:
+        reason = f"its reference, the {references['simplified']}, is not in the bundle"
+        ledger = ledger.with_stage(parity.not_run("simplified", reason))
     precision = bundle.manifest["spec"]["precision"]
     if precision != "fp32":
         ledger = ledger.with_stage(judged(precision, bundle.run(inputs)))

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from models.checkpoint_file import CheckpointError, read_checkpoint_file, read_state
+from models.checkpoint_scales import LayerScales, layer_scales
 from models.dialects import from_ours
 from models.fitting import CLASSIFIER, DEPLOY, expected_shapes, fit
 from models.identification import Checkpoint, Removed, identify
@@ -23,6 +24,7 @@ from models.variants import Variant
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "LayerScales",
     "LoadedCheckpoint",
     "Removed",
     "build",
@@ -34,6 +36,7 @@ __all__ = [
     "refusal",
     "require_classifier",
     "require_network",
+    "require_scales",
     "require_values",
 ]
 
@@ -45,7 +48,9 @@ class LoadedCheckpoint:
     """A network in eval mode and what its file turned out to be.
 
     ``format`` is a value of :class:`models.dialects.Dialect`; ``form`` is ``train`` or ``deploy``;
-    ``dtypes`` counts the tensors by the data type they were stored in.
+    ``dtypes`` counts the tensors by the data type they were stored in. ``scales`` by layer
+    (``stage0``, ``stage1.0``, ``linear``, ``gap``) are what quantization-aware training left; None
+    where it left none. The weights of ``module`` are as stored, not rounded by them.
     """
 
     module: RepVGG
@@ -56,6 +61,7 @@ class LoadedCheckpoint:
     style: BlockStyle
     removed: Removed
     dtypes: Mapping[str, int]
+    scales: Mapping[str, LayerScales] | None = None
 
 
 def load_checkpoint(path: Path, expected: Variant | None = None) -> LoadedCheckpoint:
@@ -66,12 +72,14 @@ def load_checkpoint(path: Path, expected: Variant | None = None) -> LoadedCheckp
     Raises:
         CheckpointError: if the file is missing, damaged, no checkpoint, unsafe, not a RepVGG with
             its classifier, another variant than ``expected`` (the message names it), a mix of
-            train and deploy form, or holds anything but finite floating-point numbers.
+            train and deploy form, or holds anything but finite floating-point numbers; if its
+            scales belong to branches, or no engine can express them.
     """
     checkpoint = identify(read_checkpoint_file(path), expected)
     variant = require_network(checkpoint, expected)
     num_classes = require_classifier(checkpoint, variant)
     require_values(checkpoint)
+    scales = require_scales(checkpoint)
     return LoadedCheckpoint(
         module=build(checkpoint),
         variant=variant,
@@ -81,6 +89,7 @@ def load_checkpoint(path: Path, expected: Variant | None = None) -> LoadedCheckp
         style=checkpoint.style,
         removed=checkpoint.removed,
         dtypes=checkpoint.dtypes,
+        scales=scales,
     )
 
 
@@ -89,6 +98,7 @@ def refusal(checkpoint: Checkpoint) -> str | None:
     try:
         require_classifier(checkpoint, require_network(checkpoint))
         require_values(checkpoint)
+        require_scales(checkpoint)
     except CheckpointError as error:
         return str(error)
     return None
@@ -209,3 +219,14 @@ def require_values(checkpoint: Checkpoint) -> None:
             raise CheckpointError(f"checkpoint {path} has {bad} NaN or Inf values, first in {name}")
         if name.endswith("running_var") and bool((tensor < 0).any()):
             raise CheckpointError(f"checkpoint {path} has a negative variance in {name}")
+
+
+def require_scales(checkpoint: Checkpoint) -> Mapping[str, LayerScales] | None:
+    """The scales by layer that quantization-aware training left; None if there are none.
+
+    Raises:
+        CheckpointError: as :func:`models.checkpoint_scales.layer_scales`.
+    """
+    if not checkpoint.quantizers:
+        return None
+    return layer_scales(checkpoint.path, checkpoint.quantizers, checkpoint.tensors)

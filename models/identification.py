@@ -9,12 +9,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
 from models.checkpoint_file import CheckpointError, CheckpointFile
+from models.checkpoint_scales import split_quantizers
 from models.dialects import AUXILIARY, Dialect, dialect_of, to_ours
 from models.fitting import (
     CLASSIFIER,
@@ -61,6 +62,7 @@ class Checkpoint:
     names for them. ``nearest`` compares them with ``variant``, or, where that is None because
     nothing fits, with the variant that they come closest to. ``num_classes`` is None without a
     classifier. ``mixed`` says in words how train and deploy form are mixed, if they are.
+    ``quantizers`` are the tensors that quantization-aware training added, in our names too.
     """
 
     path: Path
@@ -75,6 +77,7 @@ class Checkpoint:
     heads: Mapping[str, Tensor]
     removed: Removed
     mixed: str | None = None
+    quantizers: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def dtypes(self) -> Mapping[str, int]:
@@ -95,11 +98,13 @@ def identify(file: CheckpointFile, expected: Variant | None = None) -> Checkpoin
     Raises:
         CheckpointError: if two tensors have names that mean the same.
     """
-    weights, within, beside = _repvgg_in(file.weights)
+    state, quantizers = split_quantizers(file.weights)
+    weights, within, beside = _repvgg_in(state)
     dialect = dialect_of(weights)
     heads = {n: t for n, t in weights.items() if _is_head(n, dialect)}
     theirs = [name for name in weights if name not in heads]
-    translated = to_ours(dialect, theirs)
+    translated = to_ours(dialect, [*theirs, *quantizers])
+    quantizers = {translated.pop(name): tensor for name, tensor in quantizers.items()}
     names = {ours: name for name, ours in translated.items()}
     for name, ours in translated.items():
         if names[ours] != name:
@@ -133,6 +138,7 @@ def identify(file: CheckpointFile, expected: Variant | None = None) -> Checkpoin
             beside=beside,
         ),
         mixed=_mixture(tensors),
+        quantizers=quantizers,
     )
 
 

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from calibration.chain import Chain, ChainError, Classifier, ConvStage, rescale
-from calibration.convolution import channel_first, run_chain, run_stage
-from calibration.moments import ChannelObserver, ChannelStatistics
+from calibration.convolution import run_chain
+from calibration.moments import ChannelStatistics
 from calibration.recipe import Outcome, Recipe, RecipeOptions, quantize_by_recipe
 from calibration.sequential import run_quantized
+from calibration.survey import survey
 
 CHANNELS = 16
 DEPTH = 5
@@ -43,14 +44,7 @@ def smooth_images(seed: int, count: int) -> np.ndarray:
 
 
 def statistics_of(chain: Chain, images: np.ndarray) -> list[ChannelStatistics]:
-    x = channel_first(images)
-    found = []
-    for stage in (*chain.stages, None):
-        observer = ChannelObserver(len(x))
-        observer.update(channel_first(x))
-        found.append(observer.statistics())
-        x = x if stage is None else run_stage(stage, x)
-    return found
+    return list(survey(chain, images).statistics)
 
 
 IMAGES = smooth_images(1, 48)

@@ -9,7 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibration.rounding import InputMoments, moment_blocks, output_error, round_weights
+from calibration.rounding import (
+    InputMoments,
+    cholesky_lower,
+    moment_blocks,
+    output_error,
+    round_weights,
+)
 from calibration.threshold import quantize_weights, tensor_scale, weight_scales
 
 
@@ -54,7 +60,7 @@ def test_covariance_is_numpys() -> None:
     assert not InputMoments(2, 5).covariance().any()
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(
     st.integers(0, 9999),
     st.sampled_from([(1, 6, 4, 9), (2, 4, 3, 9), (6, 6, 1, 9), (1, 5, 7, 1), (1, 3, 40, 9)]),
@@ -147,6 +153,34 @@ def test_cut_moments_round_every_block() -> None:
     assert (3, 6, 6) == covariance.shape
     assert (ours <= theirs).all()
     assert ours.sum() < theirs.sum()
+
+
+@settings(deadline=None)
+@given(st.integers(0, 99), st.integers(1, 300))
+def test_cholesky_by_panels_is_numpys(seed: int, size: int) -> None:
+    """The lower factor agrees with numpy's, whatever the size."""
+    factor = np.random.default_rng(seed).normal(size=(size, size))
+    matrix = factor @ factor.T + size * np.eye(size)
+    found = np.tril(cholesky_lower(matrix.copy()))
+    np.testing.assert_allclose(found, np.linalg.cholesky(matrix), rtol=1e-9, atol=1e-9)
+
+
+def test_a_covariance_beyond_float32_is_factored_in_float64(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where float32 finds no Cholesky factor, the integers are those of float64."""
+    weight = np.random.default_rng(1).normal(0, 1, (8, 4, 3, 3))
+    scales = weight_scales(weight)
+    covariance = moments_of(patches_of(1, 1, 36, 500)).covariance()
+
+    def refuse_float32(matrix: np.ndarray) -> np.ndarray:
+        if matrix.dtype == np.float32:
+            raise np.linalg.LinAlgError
+        return cholesky_lower(matrix)
+
+    monkeypatch.setattr("calibration.rounding.cholesky_lower", refuse_float32)
+    expected = round_weights(weight, scales, covariance.astype(np.float64))
+    assert expected.tolist() == round_weights(weight, scales, covariance).tolist()
 
 
 def test_integers_are_the_same_every_time() -> None:

@@ -11,13 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calibration.table import (
-    CalibrationTable,
+from calibration.cache_text import (
     CalibrationTableError,
-    TensorRange,
     parse_cache_text,
     tensorrt_version_number,
 )
+from calibration.table import CalibrationTable, TensorRange
 
 SCALES = st.floats(2.0**-126, float(np.finfo(np.float32).max), width=32)
 FINITE = st.floats(-1e30, 1e30)
@@ -58,6 +57,11 @@ def tables(draw: st.DrawFn) -> CalibrationTable:
         ranges={n: TensorRange(minimum=low, maximum=high, threshold=clip) for n in scales},
         image_count=draw(st.integers(1, 10**9)),
         preprocess=draw(st.dictionaries(NAMES, st.booleans() | FINITE | NAMES, max_size=3)),
+        options=draw(st.dictionaries(NAMES, st.booleans() | st.lists(NAMES), max_size=3)),
+        source_sha256=draw(st.none() | st.just("cd" * 32)),
+        channel_scales=draw(
+            st.dictionaries(NAMES, st.lists(st.floats(1e-30, 1e30), max_size=3).map(tuple))
+        ),
     )
 
 
@@ -86,8 +90,8 @@ def test_json_text_is_golden() -> None:
     """The JSON has sorted keys, one entry a tensor and the shortest exact decimals."""
     text = golden().dumps()
     assert list(json.loads(text)) == [
-        "data_sha256", "image_count", "method", "onnx_sha256", "percentile", "preprocess",
-        "schema_version", "tensors",
+        "channel_scales", "data_sha256", "image_count", "method", "onnx_sha256", "options",
+        "percentile", "preprocess", "schema_version", "source_sha256", "tensors",
     ]  # fmt: skip
     assert '"scale": 0.007874015718698502,' in text
     assert text.isascii()
@@ -195,10 +199,20 @@ def changed(path: tuple[str, ...], value: object) -> dict[str, Any]:
 RELU = ("tensors", "relu")
 
 
+def test_imported_scales_need_no_images() -> None:
+    """No image decided scales that came with the weights."""
+    imported = table({"relu": 0.5}, method="imported", image_count=0)
+    assert imported == CalibrationTable.loads(imported.dumps())
+    with pytest.raises(
+        CalibrationTableError, match=r"^image_count must be an integer of at least 0"
+    ):
+        table({"relu": 0.5}, method="imported", image_count=-1)
+
+
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("schema_version",), 2, r"^calibration table has schema version 2, but only 1 is supp"),
+        (("schema_version",), 1, r"^calibration table has schema version 1, but only 2 is supp"),
         (("schema_version",), True, r"schema version True"),
         (("schema_version",), ..., r"schema version None"),
         (("method",), ..., r"^calibration table lacks the field 'method'$"),
@@ -213,6 +227,11 @@ RELU = ("tensors", "relu")
         (("image_count",), 2.0, r"^image_count must be a positive integer, not 2.0$"),
         (("preprocess",), [["a", 1]], r"^preprocess must be a JSON object, not list$"),
         (("preprocess",), {"a": float("nan")}, r"^preprocess must be a JSON object: "),
+        (("options",), 3, r"^options must be a JSON object, not int$"),
+        (("source_sha256",), "x", r"^source_sha256 must be 64 hex digits, not 'x'$"),
+        (("channel_scales",), [], r"^channel_scales must be a JSON object, not list$"),
+        (("channel_scales",), {"a": "12"}, r"^channel_scales of 'a' must be a list of numbers$"),
+        (("channel_scales",), {"a": [1.0, 0.0]}, r"^a channel scale of 'a' must be positive$"),
         (("tensors",), [], r"^tensors must be a JSON object, not list$"),
         (RELU, 0.5, r"^tensor 'relu' must be a JSON object, not float$"),
         ((*RELU, "scale"), ..., r"^tensor 'relu' lacks the field 'scale'$"),

@@ -12,8 +12,9 @@ from onnx import numpy_helper
 from PIL import Image
 
 from calibration.images import Preprocess
+from calibration.table import CalibrationTable
 from calibration.threshold import Method, activation_scale
-from exporter.calibrator import PERCENTILE, calibrate, observe_boundaries
+from exporter.calibrator import PERCENTILE, observe_boundaries, observe_images, table_by
 from exporter.errors import InputError
 from exporter.graph import boundary_tensors
 from exporter.image_set import ArrayImages, FolderImages
@@ -38,6 +39,12 @@ SHAPES = {
     "w2": (8, 8, 3, 3), "b2": (8,), "w3": (4, 8), "b3": (4,),
 }  # fmt: skip
 PREPROCESS = Preprocess(image_size=(8, 8), crop_fraction=1.0)
+
+
+def calibrate(
+    model: onnx.ModelProto, data: ArrayImages | FolderImages, method: str, preprocess: Preprocess
+) -> CalibrationTable:
+    return table_by(method, observe_images(model, data), model, data, preprocess)
 
 
 def graph(**replaced: np.ndarray) -> onnx.ModelProto:
@@ -94,14 +101,14 @@ def test_scales_do_not_depend_on_the_batch_size(method: Method) -> None:
 
 
 def test_progress_counts_images() -> None:
-    """After each batch the number of images done so far is reported."""
+    """After each batch the number of images done is reported, or their share."""
     seen: list[int] = []
     observe_boundaries(graph(), [(images(n),) for n in (5, 1, 3)], seen.append)
     assert [5, 6, 9] == seen
-    seen.clear()
-    calibrate(graph(), ArrayImages.of(images()), "minmax", PREPROCESS, seen.append)
-    assert 37 == seen[-1]
-    assert sorted(set(seen)) == seen
+    shares: list[float] = []
+    observe_images(graph(), ArrayImages.of(images()), shares.append)
+    assert 1.0 == shares[-1]
+    assert sorted(set(shares)) == shares
 
 
 def test_the_table_records_what_it_was_made_from(tmp_path: Path) -> None:

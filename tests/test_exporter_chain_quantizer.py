@@ -105,5 +105,5 @@ def test_an_unknown_name_to_keep_is_refused(model, images):
 
 
 def test_the_command_line_knows_every_rung():
-    """The names that may be typed are those of the ladder, in its order."""
-    assert [rung.value for rung in Rung] == [recipe.value for recipe in Recipe]
+    """The names that may be typed are those of the ladder, in its order, and auto."""
+    assert [*(rung.value for rung in Rung), "auto"] == [recipe.value for recipe in Recipe]

@@ -70,6 +70,7 @@ def test_both_ends_of_a_dynamic_size_are_compared_too() -> None:
 def test_a_stage_that_fails_ends_the_run() -> None:
     """The row is kept in the ledger; the message names stage and figure."""
     judge, _ = made()
-    with pytest.raises(GateFailedError, match="parity failed at stage simplified: largest"):
+    with pytest.raises(GateFailedError, match="parity failed at stage simplified: largest") as got:
         judge.check("simplified", lambda batch: {"output": 2.1 * batch[0]})
     assert ["fail"] == [row.status for row in judge.ledger.stages]
+    assert judge.ledger.to_json() == got.value.evidence

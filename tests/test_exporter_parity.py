@@ -12,15 +12,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from exporter.comparison import MAX_SQNR_DB, Comparison, accuracy, compare
+from exporter.ledger import Ledger
 from exporter.parity import (
     GATES,
-    MAX_SQNR_DB,
-    Comparison,
     Gate,
-    Ledger,
     StageResult,
-    accuracy,
-    compare,
     judge,
     judge_outputs,
     not_run,
@@ -31,7 +28,9 @@ LOGITS = hnp.arrays(
     hnp.array_shapes(min_dims=2, max_dims=2, max_side=6),
     elements=st.floats(-100, 100, width=32),
 )
-PERFECT = Comparison(max_abs=0.0, relative=0.0, sqnr_db=200.0, cosine=1.0, top1_agreement=1.0)
+PERFECT = Comparison(
+    max_abs=0.0, relative=0.0, sqnr_db=200.0, cosine=1.0, top1_agreement=1.0, kl_nats=0.0
+)
 
 
 def array(*rows: list[float]) -> np.ndarray:
@@ -50,6 +49,22 @@ def test_figures_worked_out_by_hand() -> None:
     assert pytest.approx(10 * math.log10(169 / 2)) == found.sqnr_db
     assert pytest.approx(165 / math.sqrt(169 * 163)) == found.cosine
     assert 0.5 == found.top1_agreement
+
+
+def test_kl_worked_out_by_hand() -> None:
+    """p = (1/2, 1/2) against q = (1/4, 3/4): 1/2 log(4/3), mean with a row that is equal."""
+    r, y = array([0, 0], [1, 5]), array([0, math.log(3)], [1, 5])
+    expected = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
+    assert pytest.approx(expected / 2, rel=1e-5) == compare(r, y).kl_nats
+    assert compare(r, y, classifier=False).kl_nats is None
+
+
+@given(LOGITS, st.floats(-50, 50, width=32))
+def test_kl_is_zero_between_logits_that_differ_by_a_constant(r: np.ndarray, shift: float) -> None:
+    """A constant added to all logits changes no probability; nothing makes KL negative."""
+    found = compare(r, (r.astype(np.float64) + shift).astype(np.float32)).kl_nats
+    assert found is not None
+    assert 0.0 <= found < 1e-4
 
 
 def test_an_error_of_one_percent_is_40_db() -> None:
@@ -162,6 +177,17 @@ def test_violations_give_both_figures() -> None:
         "SQNR is 12.3 dB, required 25 dB",
         "top-1 agreement is 90.5 %, required 98 %",
     ] == gate.violations(bad)
+
+
+def test_a_top1_drop_is_gated_where_there_are_labels() -> None:
+    """0.2 points are allowed inclusively, 0.3 are not; without labels nothing is gated."""
+    gate = Gate(max_top1_drop=0.002)
+    assert [] == gate.violations(PERFECT, 0.002)
+    assert ["top-1 fell by 0.30 points, allowed 0.2"] == gate.violations(PERFECT, 0.003)
+    assert [] == gate.violations(PERFECT, None)
+    labels = np.array([0, 1])
+    row = judge("int8", array([2, 1], [1, 2]), array([2, 1], [2, 1]), gate=gate, labels=labels)
+    assert ("fail", "top-1 fell by 50.00 points, allowed 0.2") == (row.status, row.reason)
 
 
 def test_an_empty_gate_lets_everything_pass_but_nan_fails_a_set_one() -> None:

@@ -10,9 +10,9 @@ import onnx
 import pytest
 from onnx import TensorProto, numpy_helper
 
+from exporter.comparison import compare
 from exporter.errors import GateFailedError
 from exporter.onnx_runner import OnnxRunner
-from exporter.parity import compare
 from exporter.precision import HALF_MAX, largest_magnitudes, require_half_range, to_half
 
 PLAIN = """

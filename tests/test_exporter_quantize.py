@@ -17,13 +17,13 @@ from torch.nn import functional
 from calibration.images import Preprocess
 from calibration.table import CalibrationTable, TensorRange
 from calibration.threshold import weight_scales
-from exporter.calibrator import calibrate
+from exporter.calibrator import observe_images, table_by
+from exporter.comparison import compare
 from exporter.errors import InputError
 from exporter.graph import attributes, boundary_tensors
 from exporter.image_set import ArrayImages, FolderImages, outputs_of
 from exporter.onnx_export import export_onnx
 from exporter.onnx_runner import OnnxRunner
-from exporter.parity import compare
 from exporter.quantize import quantize
 from models.checkpoint import load_checkpoint
 from models.fusion import reparameterize
@@ -329,7 +329,8 @@ def a0() -> tuple[onnx.ModelProto, CalibrationTable]:
     folder = FolderImages.open(
         bundled.calibration_images, preprocess, "calibration", count=64, skip_bad=False
     )
-    return model, calibrate(model, folder, "mse", preprocess)
+    observers = observe_images(model, folder)
+    return model, table_by("mse", observers, model, folder, preprocess)
 
 
 def test_the_bundled_a0_keeps_25_db(a0: tuple[onnx.ModelProto, CalibrationTable]) -> None:
@@ -425,6 +426,19 @@ def test_a_matmul_is_quantized_per_column() -> None:
     assert 1 == attributes(node)["axis"]
 
 
+def test_per_tensor_weights_have_one_scalar_scale() -> None:
+    """The scale is the largest weight over 127, 0-d, and the node has no axis."""
+    model = quantize(graph(), table(), per_tensor_weights=True)
+    stored = arrays(model)
+    for name in WEIGHTS:
+        weight = arrays(graph())[name]
+        assert () == stored[f"{name}.scale"].shape == stored[f"{name}.zero_point"].shape
+        assert np.float32(np.abs(weight).max() / 127) == stored[f"{name}.scale"]
+        assert {} == attributes(writers(model)[f"{name}.dequantized"])
+        real = stored[f"{name}.int8"] * stored[f"{name}.scale"]
+        assert np.abs(real - weight).max() <= stored[f"{name}.scale"] * 0.501
+
+
 def test_a_general_quantized_graph_stays_close() -> None:
     """With calibrated scales both outputs are within 30 dB of the float graph."""
     generator = np.random.default_rng(1)
@@ -432,7 +446,8 @@ def test_a_general_quantized_graph_stays_close() -> None:
         generator.standard_normal((16, 3, 8, 8)).astype(np.float32),
         generator.standard_normal((16, 5, 6)).astype(np.float32),
     )
-    scales = calibrate(general(), ArrayImages.of(*batch), "mse", None)
+    data = ArrayImages.of(*batch)
+    scales = table_by("mse", observe_images(general(), data), general(), data, None)
     expected = OnnxRunner(general()).run(batch)
     actual = OnnxRunner(quantize(general(), scales)).run(batch)
     for name, values in expected.items():

@@ -111,7 +111,7 @@ def test_a_choice_ignores_case_and_space(text: str) -> None:
         (
             {"recipe": "entropie"},
             "unknown recipe 'entropie' (nearest: entropy; "
-            "known: minmax, percentile, mse, entropy, equalize, full)",
+            "known: minmax, percentile, mse, entropy, equalize, full, auto)",
         ),
         ({"precision": "@@"}, "unknown precision '@@' (known: fp32, fp16, int8)"),
     ],
@@ -192,24 +192,39 @@ def test_everything_that_is_typed_arrives(tmp_path: Path) -> None:
     checkpoint.touch()
     spec = validate(
         ExportRequest(
-            model="B1g4", precision="fp16", weights=str(checkpoint), calibration="c",
+            model="B1g4", precision="int8", weights=str(checkpoint), calibration="c",
             calibration_images=5, evaluation="e", evaluation_images=6, recipe="entropy",
             keep_float="a, b,,a",
             target="sm86", backend="rtx", batch="2:4:8", image_size="64x96", preprocess="imagenet",
             dynamic_size="32:64:96x64:96:128", out="here", skip_bad_images=True, min_sqnr_db=33.5,
-            min_agreement=0.5, workspace_mib=256,
+            min_agreement=0.5, max_drop=0.2, per_tensor_weights=True, power_of_two=True,
+            workspace_mib=256,
         )
     )  # fmt: skip
     expected = ExportSpec(
-        variant=VARIANTS["B1g4"], precision=Precision.FP16, out=Path("here"),
+        variant=VARIANTS["B1g4"], precision=Precision.INT8, out=Path("here"),
         weights=str(checkpoint), calibration=Path("c"), calibration_images=5, evaluation=Path("e"),
         evaluation_images=6, recipe=Recipe.ENTROPY, keep_float=("a", "b"),
         target="sm86", backend="rtx",
         batch=BatchProfile(2, 4, 8), image_size=(64, 96), preprocess="imagenet",
         dynamic_size=SizeProfile((32, 64, 96), (64, 96, 128)),
-        skip_bad_images=True, min_sqnr_db=33.5, min_agreement=0.5, workspace_mib=256,
+        skip_bad_images=True, min_sqnr_db=33.5, min_agreement=0.5, max_drop=0.2,
+        per_tensor_weights=True, power_of_two=True, workspace_mib=256,
     )  # fmt: skip
     assert expected == spec
+
+
+def test_what_only_int8_can_obey_is_refused_at_other_precisions() -> None:
+    """Options that would change nothing are named."""
+    found = complaint(precision="fp16", recipe="full", per_tensor_weights=True)
+    assert "--recipe, --per-tensor-weights belong to int8, not to fp16" == found
+    assert "--power-of-two belongs to int8" in complaint(precision="fp32", power_of_two=True)
+
+
+@pytest.mark.parametrize("drop", [-0.1, 100.5, float("nan")])
+def test_a_drop_is_a_number_of_points(drop: float) -> None:
+    """0 to 100."""
+    assert "max drop must be 0 to 100 points of top-1" in complaint(max_drop=drop)
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name != "A0"])

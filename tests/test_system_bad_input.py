@@ -28,7 +28,9 @@ def refused(command, tmp_path):
         target = out or folder / "bundle"
         process = command("engine", *arguments, "--out", str(target), "--quiet")
         assert code == process.returncode, process.stderr
-        assert "" == process.stdout
+        # What was measured before a gate failed is a result; everything else leaves none.
+        assert ("SQNR dB" if "parity failed" in process.stderr else "") in process.stdout
+        assert "" == process.stdout or 1 == code
         assert 1 <= len(process.stderr.strip().splitlines()) <= 2, process.stderr
         assert "Traceback" not in process.stderr
         assert [] == list(folder.iterdir())
@@ -215,11 +217,25 @@ def test_an_out_that_holds_something_else_is_left_alone(refused, tmp_path):
     assert "years of work" == precious.read_text()
 
 
+def test_too_few_or_identical_calibration_images_are_refused(refused, tmp_path, images):
+    """Scales of seven pictures, or of one picture twenty times, are no scales."""
+    paths = sorted(images.rglob("*.png"))
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    for number in range(20):
+        shutil.copy(paths[0], copies / f"{number}.png")
+    message = refused(2, "A0", "--calib", str(copies))
+    assert "identical" in message or "the same" in message
+    for path in paths[7:]:
+        path.unlink()
+    assert "7" in refused(2, "A0", "--calib", str(images))
+
+
 def test_a_failed_gate_exits_1_and_publishes_nothing(refused):
     """An SQNR that INT8 cannot reach ends the run with the measured figure."""
-    message = refused(1, "A0", "--min-sqnr", "90", "--recipe", "minmax")
+    message = refused(1, "A0", "--min-agreement", "1", "--recipe", "entropy")
     assert "parity failed at stage int8: SQNR is" in message
-    assert "nothing was published" in message
+    assert "--min-sqnr keeps the most sensitive layers in half; nothing was published" in message
 
 
 def test_half_overflow_is_detected_and_reported_with_the_layer(refused, tmp_path, weights):

@@ -12,7 +12,8 @@ import numpy as np
 import onnx
 import pytest
 
-from calibration.table import CalibrationTable, parse_cache_text
+from calibration.cache_text import parse_cache_text
+from calibration.table import CalibrationTable
 from exporter.bundle import Bundle
 
 COMMON = {
@@ -211,4 +212,4 @@ def test_keep_float_keeps_the_named_convolutions_and_says_so(command, tmp_path):
     assert {"total": 22, "int8": 20, "half": 0, "float": 2} == counts
     refused = command(*arguments, "--keep-float", "stage9.conv", "--out", str(tmp_path / "c"))
     assert refused.returncode == 2
-    assert "no convolution is called stage9.conv; known: stage0.conv" in refused.stderr
+    assert "no convolution is called stage9.conv; known: linear, stage0.conv" in refused.stderr

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from calibration.table import CalibrationTable, CalibrationTableError, parse_cache_text
+from calibration.cache_text import CalibrationTableError, parse_cache_text
+from calibration.table import CalibrationTable
 from exporter.bundle import file_sha256
 from exporter.errors import InputError
 from exporter.inspection.finding import OWN_FORMAT, Inspection, Kind

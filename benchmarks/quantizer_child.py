@@ -1,0 +1,117 @@
+"""The child that runs our quantizer or ONNX Runtime's (see quantizer_job.py).
+
+Methods: ``ours RECIPE``, ``onnxruntime MinMax|Entropy|Percentile``, and ``float``, one float pass.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import hashlib
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    CalibrationMethod,
+    QuantFormat,
+    QuantType,
+    quantize_static,
+)
+from quantizer_job import Job, answer
+
+from calibration.recipe import RecipeOptions
+from exporter.chain_quantizer import observe_chain, quantize_observed
+from exporter.onnx_runner import Batch, OnnxRunner
+from exporter.plain_chain import read_chain
+
+
+class JobImages:
+    """A job's images as an exporter.image_set.ImageSet that holds one batch at a time."""
+
+    description = "benchmark"
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self.count = job.shape[0]
+
+    def batches(self) -> Iterator[Batch]:
+        return ((batch,) for batch in self._job.batches())
+
+    def labels(self, _class_names: Sequence[str] | None, _num_classes: int) -> None:
+        return None
+
+    def to_json(self) -> dict[str, Any]:
+        with Path(self._job.images).open("rb") as file:
+            digest = hashlib.sha256()
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return {"images": self.count, "sha256": digest.hexdigest()}
+
+
+class Reader(CalibrationDataReader):  # type: ignore[misc]
+    """A job's images for ONNX Runtime."""
+
+    def __init__(self, job: Job) -> None:
+        self._batches = job.batches()
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        batch = next(self._batches, None)
+        return None if batch is None else {"images": batch}
+
+
+def run_ours(job: Job, recipe: str) -> None:
+    """One rung of the ladder."""
+    model = onnx.load(job.source)
+    plain = read_chain(model)
+    assert plain is not None
+    observed = observe_chain(model, plain, JobImages(job))
+    options = RecipeOptions(per_tensor_weights=job.per_tensor_weights)
+    onnx.save(quantize_observed(model, plain, observed, recipe, options=options).graph, job.target)
+
+
+def run_onnxruntime(job: Job, method: str) -> None:
+    """Per-channel weights and symmetric ranges, which is what TensorRT accepts."""
+    quantize_static(
+        job.source,
+        job.target,
+        Reader(job),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=QuantType.QInt8,
+        weight_type=QuantType.QInt8,
+        calibrate_method=getattr(CalibrationMethod, method),
+        extra_options={"ActivationSymmetric": True, "WeightSymmetric": True},
+    )
+
+
+def run_float(job: Job, _: str) -> None:
+    """All images through the float graph, once."""
+    runner = OnnxRunner(Path(job.source))
+    for batch in job.batches():
+        runner(batch)
+
+
+METHODS: dict[str, Callable[[Job, str], None]] = {
+    "ours": run_ours,
+    "onnxruntime": run_onnxruntime,
+    "float": run_float,
+}
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    job = Job.from_json(sys.argv[1])
+    kind, _, argument = job.method.partition(" ")
+    answer(job, lambda: METHODS[kind](job, argument))
+
+
+if __name__ == "__main__":
+    main()

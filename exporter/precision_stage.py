@@ -1,0 +1,158 @@
+"""From the simplified float graph to the one that the builder parses, at any precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+
+import onnx
+
+from calibration.table import CalibrationTable
+from exporter import parity
+from exporter.calibrator import observe_images
+from exporter.errors import InputError
+from exporter.inputs import Inputs
+from exporter.int8 import Int8Request, choose
+from exporter.judge import Judge
+from exporter.onnx_runner import OnnxRunner
+from exporter.parity import Gate
+from exporter.plain_chain import read_chain
+from exporter.precision import largest_magnitudes, require_half_range, to_half
+from exporter.quantizers import QuantizerOptions, open_quantizer
+from exporter.source import Source
+from exporter.spec import RANDOM, ExportSpec, Precision
+from exporter.trained_scales import quantize_trained
+
+Stage = Callable[[str], AbstractContextManager[Callable[[float], None]]]
+"""Opens a named stage of the run and gives what reports its progress, 0 to 1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Precise:
+    """The float graph to publish, the graph that the builder will parse, and its INT8 scales.
+
+    Nodes ``kept_half`` and ``kept_float`` are not in INT8: for a gate's sake, and because the
+    recipe or the weights say so.
+    """
+
+    model: onnx.ModelProto
+    graph: onnx.ModelProto
+    table: CalibrationTable | None = None
+    kept_half: tuple[str, ...] = ()
+    kept_float: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def apply_precision(
+    spec: ExportSpec, inputs: Inputs, model: onnx.ModelProto, judge: Judge, stage: Stage
+) -> Precise:
+    """The graph to build from at ``spec.precision``; its row is in ``judge``'s ledger.
+
+    Raises:
+        GateFailedError: if it is not close enough to the original.
+        InputError: if an option or the calibration images do not fit.
+    """
+    if spec.precision is Precision.FP32:
+        return Precise(model=model, graph=model)
+    if spec.precision is Precision.FP16:
+        gate = _precision_gate(spec, inputs.source)
+        with stage("half"):
+            require_half_range(largest_magnitudes(model, judge.batches()))
+            graph = to_half(model)
+            judge.check("fp16", OnnxRunner(graph, optimize=False).run, gate)
+        return Precise(model=model, graph=graph)
+    if inputs.source.trained is not None:
+        return _quantize_trained(spec, inputs, model, judge, stage)
+    return _quantize(spec, inputs, model, judge, stage)
+
+
+def _quantize_trained(
+    spec: ExportSpec,
+    inputs: Inputs,
+    model: onnx.ModelProto,
+    judge: Judge,
+    stage: Stage,
+) -> Precise:
+    """INT8 by the scales that came with the weights; calibration images only check them."""
+    trained = inputs.source.trained
+    assert trained is not None
+    if spec.recipe or spec.per_tensor_weights or spec.power_of_two:
+        raise InputError(
+            f"{spec.weights} carries its scales, which are respected: leave --recipe, "
+            "--per-tensor-weights and --power-of-two away"
+        )
+    images, observers = inputs.calibration, None
+    if images is not None:
+        with stage("calibrate") as advance:
+            observers = observe_images(model, images, advance)
+    with stage("quantize"):
+        made = quantize_trained(
+            model,
+            trained.scales,
+            keep_float=spec.keep_float,
+            observers=observers,
+            image_count=images.count if images else 0,
+            preprocess=inputs.preprocess,
+        )
+        gate = _precision_gate(spec, inputs.source)
+        judge.check("int8", OnnxRunner(made.graph).run, gate)
+    return Precise(
+        model=model,
+        graph=made.graph,
+        table=made.table,
+        kept_float=made.float_convolutions,
+        notes=made.notes,
+    )
+
+
+def _quantize(
+    spec: ExportSpec, inputs: Inputs, model: onnx.ModelProto, judge: Judge, stage: Stage
+) -> Precise:
+    images = inputs.calibration
+    if images is None:
+        raise InputError("int8 needs calibration images: pass CALIB=folder")
+    if spec.max_drop is not None and judge.labels is None:
+        raise InputError(
+            "--max-drop needs labels: pass --evaluation with a folder for each of the classes"
+        )
+    request = Int8Request(
+        recipe=spec.recipe,
+        gate=_precision_gate(spec, inputs.source),
+        dial=spec.min_sqnr_db is not None or spec.max_drop is not None,
+        title=spec.title,
+    )
+    options = QuantizerOptions(
+        keep_float=spec.keep_float,
+        per_tensor_weights=spec.per_tensor_weights,
+        power_of_two=spec.power_of_two,
+        preprocess=inputs.preprocess,
+    )
+    chain = read_chain(model)
+    with stage("calibrate") as advance:
+        quantizer = open_quantizer(model, chain, images, options, advance)
+    with stage("quantize") as advance:
+        made, kept = choose(quantizer, request, judge, advance)
+    return Precise(
+        model=made.model,
+        graph=made.graph,
+        table=made.table,
+        kept_half=kept,
+        kept_float=chain.float_nodes if chain is not None else (),
+    )
+
+
+def _precision_gate(spec: ExportSpec, source: Source) -> Gate:
+    gate = parity.GATES[str(spec.precision)]
+    if source.origin["source"] == RANDOM and spec.precision is Precision.INT8:
+        gate = parity.UNTRAINED_INT8_GATE
+    trained = source.trained
+    if trained is not None and not spec.keep_float:
+        gate = trained.gate
+    if spec.min_sqnr_db is not None:
+        gate = replace(gate, min_sqnr_db=spec.min_sqnr_db)
+    if spec.min_agreement is not None:
+        gate = replace(gate, min_top1_agreement=spec.min_agreement)
+    if spec.max_drop is not None:
+        gate = replace(gate, max_top1_drop=spec.max_drop / 100)
+    return gate

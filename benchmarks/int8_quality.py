@@ -42,7 +42,7 @@ from exporter.onnx_runner import OnnxRunner
 FloatArray = npt.NDArray[np.float32]
 RESULTS = Path(__file__).parent / "results" / "int8_quality"
 CONTROLS = ("ours full, noise calibration", "ours minmax, per-tensor weights")
-OURS = ("minmax", "percentile", "mse", "entropy", "equalize", "full")
+OURS = ("minmax", "percentile", "mse", "entropy", "equalize", "full", "wide")
 PEERS = (
     *(f"onnxruntime {method}" for method in ("MinMax", "Percentile", "Entropy")),
     *(f"modelopt {method}" for method in ("max", "entropy")),

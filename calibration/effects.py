@@ -125,27 +125,31 @@ def clip_effects(
     clips: Sequence[Mapping[str, float]],
     images: FloatArray,
     kernels: Kernels = NUMPY,
+    *,
+    unsigned: Sequence[bool] | None = None,
 ) -> list[dict[str, float]]:
     """Error power in the logits of quantizing each stage's input at each named clip value.
 
-    ``clips[l]`` belongs to the input of stage l. Weights stay exact, so the error that an input
-    error makes in the result need not be computed: its effect is that of the input error itself,
-    judged by the gradient at the input.
+    ``clips[l]`` belongs to the input of stage l, ``unsigned[l]`` says that its integers are 0 to
+    255. Weights stay exact, so the error that an input error makes in the result need not be
+    computed: its effect is that of the input error itself, judged by the gradient at the input.
     """
     found = [dict.fromkeys(named, 0.0) for named in clips]
     for step in gradients(chain, images, kernels):
         named = clips[step.index]
         different = sorted(set(named.values()))
-        powers = on_all_cores(partial(_rounding_power, step), different)
+        without_sign = unsigned is not None and unsigned[step.index]
+        power_at = partial(_rounding_power, step, unsigned=without_sign)
+        powers = on_all_cores(power_at, different)
         for name, clip in named.items():
             found[step.index][name] += powers[different.index(clip)] / len(images)
     return found
 
 
-def _rounding_power(step: StageGradient, clip: float) -> float:
+def _rounding_power(step: StageGradient, clip: float, *, unsigned: bool) -> float:
     """The effect on the logits of rounding the stage's input at ``clip``."""
-    scale = input_scale(clip)
-    error = quantize_input(step.x, scale)
+    scale = input_scale(clip, unsigned=unsigned)
+    error = quantize_input(step.x, scale, unsigned=unsigned)
     error *= np.float32(scale)
     error -= step.x
     return logit_power(step.at_input, error)

@@ -101,18 +101,24 @@ class ChannelStatistics:
     @classmethod
     def of(cls, x: FloatArray) -> ChannelStatistics:
         """Those of a channel-first tensor ``[C, N, ...]``."""
+        return cls.with_peaks(x)[0]
+
+    @classmethod
+    def with_peaks(cls, x: FloatArray) -> tuple[ChannelStatistics, FloatArray]:
+        """Those of a tensor ``[C, N, ...]``, and each image's largest magnitudes ``[N, C]``."""
         pieces = on_all_cores(
             lambda image: _figures(x[:, image : image + 1].reshape(len(x), -1)), range(x.shape[1])
         )
         minima, maxima, sums, squares, positive = map(np.array, zip(*pieces, strict=True))
         count = x[0].size
-        return cls(
+        statistics = cls(
             minimum=minima.min(axis=0).astype(np.float64),
             maximum=maxima.max(axis=0).astype(np.float64),
             mean=sums.sum(axis=0) / count,
             mean_square=squares.sum(axis=0) / count,
             positive=positive.sum(axis=0) / count,
         )
+        return statistics, np.maximum(np.abs(minima), np.abs(maxima))
 
     @property
     def abs_max(self) -> Float64Array:

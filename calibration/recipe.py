@@ -2,8 +2,10 @@
 
     minmax, percentile, mse, entropy   one clip method for every tensor, weights rounded to nearest
     equalize                           noise-model equalization, min-max clips, bias correction
-    full                               equalization, clips chosen by their effect on the logits,
-                                       second-order rounding, bias correction
+    full                               equalization, clips chosen by their effect on the logits and
+                                       with room for unseen images, second-order rounding, bias
+                                       correction
+    wide                               full, with all 256 integers for what comes out of a ReLU
 
 Every rung is the same road, with stages left out:
 
@@ -15,7 +17,7 @@ Every rung is the same road, with stages left out:
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from calibration.chain import Array, Chain, ChainError
@@ -29,13 +31,21 @@ from calibration.equalize import (
     equalize,
     require_equal,
 )
+from calibration.extremes import likely_peak
 from calibration.moments import ChannelStatistics
 from calibration.sample import sample_size
-from calibration.sequential import QuantizedChain, SequentialOptions, quantize_chain
+from calibration.sequential import (
+    QuantizedChain,
+    SequentialOptions,
+    is_unsigned,
+    quantize_chain,
+)
 from calibration.survey import FloatPass, observe_inputs, survey
 
 _CHECKED = 4
 _EFFECT_IMAGES = 32
+EXTREME = "extreme"
+"""The method of a clip that leaves room for unseen images."""
 
 
 class Recipe(str, Enum):
@@ -47,11 +57,17 @@ class Recipe(str, Enum):
     ENTROPY = "entropy"
     EQUALIZE = "equalize"
     FULL = "full"
+    WIDE = "wide"
 
     @property
     def equalizes(self) -> bool:
         """Whether the rung rescales the chain and corrects biases."""
-        return self in (Recipe.EQUALIZE, Recipe.FULL)
+        return self is Recipe.EQUALIZE or self.weighs
+
+    @property
+    def weighs(self) -> bool:
+        """Whether clip values and integers are chosen by what they do to the results."""
+        return self in (Recipe.FULL, Recipe.WIDE)
 
     @property
     def reads_histograms(self) -> bool:
@@ -132,19 +148,21 @@ def quantize_by_recipe(
             per_tensor_weights=options.per_tensor_weights,
         ),
     )
-    clips, logits = _choose_clips(recipe, equalized, images, few, kernels)
+    floats = floats.divided_by(equalized.scales)
+    clips, logits = _choose_clips(recipe, equalized, images, floats, kernels)
     require_equal(floats.logits[: len(logits)], logits)
     quantized = quantize_chain(
         equalized.chain,
         [choice.clip for choice in clips],
         images,
         SequentialOptions(
-            second_order=recipe is Recipe.FULL,
+            second_order=recipe.weighs,
+            full_range=recipe is Recipe.WIDE,
             bias_correction=recipe.equalizes,
             per_tensor_weights=options.per_tensor_weights,
             keep_float=options.keep_float,
         ),
-        floats=floats.divided_by(equalized.scales) if recipe.equalizes else None,
+        floats=floats if recipe.equalizes else None,
         kernels=kernels,
     )
     names = [stage.name for stage in chain.stages]
@@ -154,7 +172,11 @@ def quantize_by_recipe(
 
 
 def _choose_clips(
-    recipe: Recipe, equalized: Equalization, images: FloatArray, few: FloatArray, kernels: Kernels
+    recipe: Recipe,
+    equalized: Equalization,
+    images: FloatArray,
+    floats: FloatPass,
+    kernels: Kernels,
 ) -> tuple[list[ClipChoice], Array]:
     """The clip values, and the equalized chain's logits on the first images."""
     chain = equalized.chain
@@ -163,17 +185,28 @@ def _choose_clips(
         choices = [ClipChoice(clip=peak or 1.0, method="minmax", effects={}) for peak in peaks]
         return choices, run_chain(chain, images[:_CHECKED], kernels)
     # What the effects decide, the images of the effects may propose.
-    observers, logits = observe_inputs(chain, few if recipe is Recipe.FULL else images, kernels)
+    few = first_images(images)
+    observers, logits = observe_inputs(chain, few if recipe.weighs else images, kernels)
     candidates = [
         candidate_clips(observer, peak) for observer, peak in zip(observers, peaks, strict=True)
     ]
-    if recipe is not Recipe.FULL:
+    if not recipe.weighs:
         method = recipe.value
         return [ClipChoice(clip=c[method], method=method, effects={}) for c in candidates], logits
-    effects = clip_effects(chain, candidates, few, kernels)
+    unsigned = [recipe is Recipe.WIDE and is_unsigned(chain, i) for i in range(len(candidates))]
+    effects = clip_effects(chain, candidates, few, kernels, unsigned=unsigned)
     methods = [best_clip(found) for found in effects]
     choices = [
         ClipChoice(clip=found[method], method=method, effects=powers)
         for found, method, powers in zip(candidates, methods, effects, strict=True)
     ]
-    return choices, logits
+    # An image's own range is known; what the network makes of the next one is not.
+    rest = zip(choices[1:], floats.peaks[1:-1], strict=True)
+    return [choices[0], *(_with_room(choice, peaks) for choice, peaks in rest)], logits
+
+
+def _with_room(choice: ClipChoice, peaks: FloatArray) -> ClipChoice:
+    if choice.method != Recipe.MINMAX.value or not peaks.any():
+        return choice
+    wanted = likely_peak(peaks.max(axis=1))
+    return replace(choice, clip=max(choice.clip, wanted), method=EXTREME)

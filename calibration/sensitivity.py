@@ -26,7 +26,6 @@ import numpy as np
 import numpy.typing as npt
 
 from calibration.chain import Chain
-from calibration.clipping import quantize_input
 from calibration.convolution import NUMPY, FloatArray, Kernels, run_chain
 from calibration.effects import gradients, logit_power
 from calibration.sequential import QuantizedChain
@@ -72,7 +71,7 @@ def predicted_effects(
         found = quantized.stages.get(stage.name)
         if found is None:
             continue
-        rounded = quantize_input(step.x, found.input_scale) * np.float32(found.input_scale)
+        rounded = found.rounded_input(step.x)
         error = kernels.convolution(found.dequantized(stage))(rounded)
         error -= kernels.convolution(stage)(step.x)
         error -= error.mean(axis=(1, 2, 3), keepdims=True)

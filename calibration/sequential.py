@@ -51,12 +51,14 @@ _MINIMUM_POSITIONS = 1 << 14
 class SequentialOptions:
     """What is done to the weights and biases; ``keep_float`` names stages that are left alone.
 
+    ``full_range`` gives what comes out of a ReLU all 256 integers, 0 to 255.
     ``positions_per_column`` bounds the positions that moments are taken of.
     """
 
     second_order: bool = True
     bias_correction: bool = True
     per_tensor_weights: bool = False
+    full_range: bool = False
     keep_float: Collection[str] = field(default=frozenset())
     damping: float = DAMPING
     positions_per_column: int = 8
@@ -68,6 +70,7 @@ class QuantizedStage:
     """Integers and scales of one stage: ``W = weight * weight_scales[o]``, ``x = q * input_scale``.
 
     ``weight`` is int8 ``[O, I / g, kh, kw]``, ``weight_scales`` float32 ``[O]``, ``bias`` float32.
+    The integers q are -128 to 127, or 0 to 255 where ``unsigned``.
     """
 
     name: str
@@ -75,6 +78,13 @@ class QuantizedStage:
     weight_scales: npt.NDArray[np.float32]
     input_scale: float
     bias: npt.NDArray[np.float32]
+    unsigned: bool = False
+
+    def rounded_input(self, x: FloatArray) -> FloatArray:
+        """``x`` as the integers stand for it."""
+        q = quantize_input(x, self.input_scale, unsigned=self.unsigned)
+        q *= np.float32(self.input_scale)
+        return q
 
     def dequantized(self, stage: ConvStage) -> ConvStage:
         """``stage`` with the weight and bias that the integers stand for."""
@@ -118,7 +128,10 @@ def quantize_chain(
     for index, (stage, clip) in enumerate(zip(chain.stages, clips, strict=True)):
         computed = stage
         if stage.name not in options.keep_float:
-            quantized[stage.name], x = _quantize_stage(stage, x, clip, options, kernels)
+            unsigned = options.full_range and is_unsigned(chain, index)
+            quantized[stage.name], x = _quantize_stage(
+                stage, x, clip, options, kernels, unsigned=unsigned
+            )
             computed = quantized[stage.name].dequantized(stage)
         # Before the first rounding there is nothing to correct.
         if floats is not None and quantized:
@@ -143,9 +156,13 @@ def run_quantized(
         if found is None:
             x = run_stage(stage, x, kernels)
         else:
-            rounded = quantize_input(x, found.input_scale) * np.float32(found.input_scale)
-            x = run_stage(found.dequantized(stage), rounded, kernels)
+            x = run_stage(found.dequantized(stage), found.rounded_input(x), kernels)
     return classify(quantized.chain, x)
+
+
+def is_unsigned(chain: Chain, index: int) -> bool:
+    """Whether no value that stage ``index`` reads is negative: a ReLU is before it."""
+    return index > 0 and chain.stages[index - 1].relu
 
 
 def _require(
@@ -161,15 +178,23 @@ def _require(
 
 
 def _quantize_stage(
-    stage: ConvStage, x: FloatArray, clip: float, options: SequentialOptions, kernels: Kernels
+    stage: ConvStage,
+    x: FloatArray,
+    clip: float,
+    options: SequentialOptions,
+    kernels: Kernels,
+    *,
+    unsigned: bool,
 ) -> tuple[QuantizedStage, FloatArray]:
     """The stage with its bias uncorrected, and its input ``x`` rounded."""
-    scale = input_scale(clip)
-    q = quantize_input(x, scale)
+    scale = input_scale(clip, unsigned=unsigned)
+    q = quantize_input(x, scale, unsigned=unsigned)
     choose = tensor_scale if options.per_tensor_weights else weight_scales
     scales = choose(stage.weight)
     if options.second_order:
-        covariance = input_moments(stage, q, options, kernels).covariance()
+        # Only ratios of moments matter, and their integers have seven bits and a sign.
+        halves = np.floor(q / 2) if unsigned else q
+        covariance = input_moments(stage, halves, options, kernels).covariance()
         weight = round_weights(stage.weight, scales, covariance, damping=options.damping)
     else:
         weight = quantize_weights(stage.weight, scales)
@@ -179,6 +204,7 @@ def _quantize_stage(
         weight_scales=scales,
         input_scale=scale,
         bias=stage.bias.astype(np.float32),
+        unsigned=unsigned,
     )
     q *= np.float32(scale)
     return rounded, q

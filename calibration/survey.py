@@ -29,11 +29,12 @@ from calibration.observer import TensorObserver
 class FloatPass:
     """What the float chain did on some images.
 
-    ``statistics`` of every boundary, the mean of each stage's result with its bias ``[O]``, and the
-    logits ``[N, K]``.
+    ``statistics`` of every boundary and each image's largest magnitudes there ``[N, C]``, the mean
+    of each stage's result with its bias ``[O]``, and the logits ``[N, K]``.
     """
 
     statistics: tuple[ChannelStatistics, ...]
+    peaks: tuple[FloatArray, ...]
     means: tuple[Float64Array, ...]
     logits: Array
 
@@ -45,7 +46,8 @@ class FloatPass:
             for found, factor in zip(self.statistics, [1.0, *factors], strict=True)
         )
         means = (mean / factor for mean, factor in zip(self.means, factors, strict=True))
-        return replace(self, statistics=tuple(moved), means=tuple(means))
+        peaks = (found / factor for found, factor in zip(self.peaks, [1.0, *factors], strict=True))
+        return replace(self, statistics=tuple(moved), means=tuple(means), peaks=tuple(peaks))
 
 
 def mean_result(stage: ConvStage, x: FloatArray) -> Float64Array:
@@ -58,12 +60,14 @@ def mean_result(stage: ConvStage, x: FloatArray) -> Float64Array:
 def survey(chain: Chain, images: FloatArray, kernels: Kernels = NUMPY) -> FloatPass:
     """Run ``chain`` on ``images`` ``[N, C, H, W]``. Deterministic."""
     x = channel_first(images)
-    statistics, means = [ChannelStatistics.of(x)], []
+    boundaries, means = [ChannelStatistics.with_peaks(x)], []
     for stage in chain.stages:
         means.append(mean_result(stage, x) + stage.bias)
         x = run_stage(stage, x, kernels)
-        statistics.append(ChannelStatistics.of(x))
-    return FloatPass(statistics=tuple(statistics), means=tuple(means), logits=classify(chain, x))
+        boundaries.append(ChannelStatistics.with_peaks(x))
+    statistics, peaks = zip(*boundaries, strict=True)
+    logits = classify(chain, x)
+    return FloatPass(statistics=statistics, peaks=peaks, means=tuple(means), logits=logits)
 
 
 def observe_inputs(

@@ -15,12 +15,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from calibration.cache_text import (
     CalibrationTableError,
     cache_text,
     finite_number,
     float32_scale,
 )
+from calibration.threshold import LEVELS
 
 SCHEMA_VERSION = 2
 IMPORTED = "imported"
@@ -33,7 +36,7 @@ _FIELDS = {
     "schema_version", "method", "percentile", "options", "source_sha256", "onnx_sha256",
     "data_sha256", "image_count", "preprocess", "tensors", "channel_scales",
 }  # fmt: skip
-_TENSOR_FIELDS = {"scale", "minimum", "maximum", "threshold"}
+_TENSOR_FIELDS = {"scale", "unsigned", "minimum", "maximum", "threshold"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +66,8 @@ class CalibrationTable:
 
     ``source_sha256`` is the float graph that was calibrated, ``onnx_sha256`` the one whose tensors
     the scales belong to: they differ by equalization, whose divisors per stage and channel are
-    ``channel_scales``. ``options`` is what else the user chose, as JSON. Together with data and
+    ``channel_scales``. Scales of ``unsigned`` tensors are steps of 0 to 255, of all others steps of
+    -128 to 127. ``options`` is what else the user chose, as JSON. Together with data and
     preprocessing this is the *binding*: the same of all gives the same integers again.
     """
 
@@ -77,6 +81,7 @@ class CalibrationTable:
     preprocess: Mapping[str, Any]
     source_sha256: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    unsigned: frozenset[str] = frozenset()
     channel_scales: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -101,6 +106,8 @@ class CalibrationTable:
         if self.activation_scales.keys() != self.ranges.keys():
             odd = min(self.activation_scales.keys() ^ self.ranges.keys())
             raise CalibrationTableError(f"tensor {odd!r} needs both a scale and a range")
+        if unknown := sorted(self.unsigned - self.activation_scales.keys()):
+            raise CalibrationTableError(f"unsigned names {unknown[0]!r}, which has no scale")
         scales = {
             name: float32_scale(self.activation_scales[name], name)
             for name in sorted(self.activation_scales)
@@ -127,6 +134,7 @@ class CalibrationTable:
             "tensors": {
                 name: {
                     "scale": scale,
+                    "unsigned": name in self.unsigned,
                     "minimum": self.ranges[name].minimum,
                     "maximum": self.ranges[name].maximum,
                     "threshold": self.ranges[name].threshold,
@@ -159,6 +167,9 @@ class CalibrationTable:
         return cls(
             activation_scales={name: entry["scale"] for name, entry in tensors.items()},
             ranges={name: _range(entry, name) for name, entry in tensors.items()},
+            unsigned=frozenset(
+                name for name, entry in tensors.items() if _flag(entry["unsigned"], name)
+            ),
             **{key: data[key] for key in _FIELDS - {"schema_version", "tensors"}},
         )
 
@@ -180,12 +191,27 @@ class CalibrationTable:
         return cls.from_json(data)
 
     def to_cache_text(self, version: str) -> str:
-        """TensorRT's calibration cache, tensors sorted by name; see :func:`cache_text`."""
-        return cache_text(self.activation_scales, version)
+        """TensorRT's calibration cache, tensors sorted by name; see :func:`cache_text`.
+
+        It knows symmetric scales only: an unsigned tensor has there the one that reaches as far.
+        """
+        symmetric = {
+            name: float(np.float32(self.ranges[name].threshold / LEVELS))
+            if name in self.unsigned
+            else scale
+            for name, scale in self.activation_scales.items()
+        }
+        return cache_text(symmetric, version)
+
+
+def _flag(value: object, name: str) -> bool:
+    if not isinstance(value, bool):
+        raise CalibrationTableError(f"unsigned of tensor {name!r} must be true or false")
+    return value
 
 
 def _range(entry: Mapping[str, Any], name: str) -> TensorRange:
-    fields = {key: entry[key] for key in _TENSOR_FIELDS - {"scale"}}
+    fields = {key: entry[key] for key in _TENSOR_FIELDS - {"scale", "unsigned"}}
     try:
         return TensorRange(**fields)
     except CalibrationTableError as error:

@@ -26,6 +26,7 @@ from calibration.sample import ImageSample, sample_size
 from calibration.survey import FloatPass, survey
 from calibration.table import CalibrationTable, TensorRange
 from exporter.errors import GateFailedError, InputError
+from exporter.full_range import use_full_range
 from exporter.graph import with_outputs
 from exporter.image_set import ImageSet
 from exporter.onnx_kernels import OnnxKernels
@@ -172,15 +173,16 @@ def quantize_observed(
     }
     table = _table(equalized, plain, observed, outcome, method=recipe, preprocess=preprocess)
     kept = [*options.keep_float, *plain.float_nodes]
+    graph = quantize(
+        corrected,
+        table,
+        keep_float=kept,
+        rounded=rounded,
+        per_tensor_weights=options.per_tensor_weights,
+    )
     return QuantizedGraphs(
         model=equalized,
-        graph=quantize(
-            corrected,
-            table,
-            keep_float=kept,
-            rounded=rounded,
-            per_tensor_weights=options.per_tensor_weights,
-        ),
+        graph=use_full_range(graph, table.unsigned),
         table=table,
         outcome=outcome,
     )
@@ -213,6 +215,7 @@ def _table(
         data_sha256=observed.data_sha256,
         image_count=observed.image_count,
         preprocess=preprocess.to_json() if preprocess else {},
+        unsigned=frozenset(boundary[name] for name, stage in stages.items() if stage.unsigned),
     )
 
 

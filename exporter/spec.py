@@ -43,6 +43,7 @@ class Recipe(str, Enum):
     ENTROPY = "entropy"
     EQUALIZE = "equalize"
     FULL = "full"
+    WIDE = "wide"
     AUTO = "auto"
 
     def __str__(self) -> str:

@@ -74,16 +74,19 @@ def test_every_rung_quantizes(recipe: Recipe) -> None:
         assert (np.int8, np.float32) == (stage.weight.dtype, stage.weight_scales.dtype)
         assert stage.input_scale > 0
     tried = {len(choice.effects) for choice in found.clips.values()}
-    assert {4 if recipe is Recipe.FULL else 0} == tried
+    assert {4 if recipe.weighs else 0} == tried
+    unsigned = [stage.unsigned for stage in found.quantized.stages.values()]
+    assert [index > 0 and recipe is Recipe.WIDE for index in range(DEPTH)] == unsigned
 
 
 def test_the_ladder_climbs() -> None:
-    """On average over chains equalization beats min-max and the full stack beats both."""
-    rungs = (Recipe.MINMAX, Recipe.EQUALIZE, Recipe.FULL)
+    """On average over chains equalization beats min-max, the full stack both, and wide all."""
+    rungs = (Recipe.MINMAX, Recipe.EQUALIZE, Recipe.FULL, Recipe.WIDE)
     table = [[sqnr_db(c, outcome(r, c)) for r in rungs] for c in map(repvgg_like, range(4))]
-    plain, equalized, full = np.mean(table, axis=0)
+    plain, equalized, full, wide = np.mean(table, axis=0)
     assert equalized > plain + 1
     assert full > equalized + 2
+    assert wide > full + 1
 
 
 @pytest.mark.parametrize("kind", ["spread", "outliers"])

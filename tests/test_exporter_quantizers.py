@@ -64,7 +64,7 @@ def test_a_chain_knows_every_recipe_and_any_graph_the_clip_methods(model, images
     """Plain to full; the default is the last rung, or mse where there is no chain."""
     chain = opened(model, images, as_chain=True)
     graph = opened(model, images, as_chain=False)
-    names = ["minmax", "percentile", "mse", "entropy", "equalize", "full"]
+    names = ["minmax", "percentile", "mse", "entropy", "equalize", "full", "wide"]
     assert names == [str(recipe) for recipe in chain.recipes]
     assert names[:4] == [str(recipe) for recipe in graph.recipes]
     assert (Recipe.FULL, Recipe.MSE) == (chain.default, graph.default)

@@ -111,7 +111,7 @@ def test_a_choice_ignores_case_and_space(text: str) -> None:
         (
             {"recipe": "entropie"},
             "unknown recipe 'entropie' (nearest: entropy; "
-            "known: minmax, percentile, mse, entropy, equalize, full, auto)",
+            "known: minmax, percentile, mse, entropy, equalize, full, wide, auto)",
         ),
         ({"precision": "@@"}, "unknown precision '@@' (known: fp32, fp16, int8)"),
     ],

@@ -16,7 +16,7 @@ from exporter.errors import GateFailedError, InputError
 from models import RepVGG, Variant
 
 TINY = Variant(name="tiny", num_blocks=(1, 1, 2, 1), width_multiplier=(0.25, 0.25, 0.25, 0.125))
-RUNGS = ["minmax", "percentile", "mse", "entropy", "equalize", "full"]
+RUNGS = ["minmax", "percentile", "mse", "entropy", "equalize", "full", "wide"]
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +162,19 @@ def test_the_network_names_the_preprocessing_it_was_not_trained_with(command, tm
     codes = [finding["code"] for finding in manifest["calibration"]["data"]["findings"]]
     assert "wrong-preprocessing" in codes or "unlike-training" in codes
     assert "BatchNorm" in (out / "report.html").read_text()
+
+
+def test_wide_publishes_a_graph_whose_relu_outputs_use_all_256_integers(exported):
+    """A subtraction in front of each quantizer but the image's; every convolution still INT8."""
+    bundle = exported(recipe="wide")
+    model = onnx.load(bundle.path / "model.int8.onnx")
+    ops = [node.op_type for node in model.graph.node]
+    count = ops.count("Conv")
+    assert [count - 1] * 2 == [ops.count("Sub"), ops.count("Pad")]
+    engine = json.loads((bundle.path / "engine.json").read_text())["convolutions"]
+    assert count == engine["int8"]
+    tensors = json.loads((bundle.path / "calibration.json").read_text())["tensors"]
+    assert ["images"] == [name for name, entry in tensors.items() if not entry["unsigned"]]
 
 
 @pytest.mark.slow

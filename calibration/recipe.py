@@ -20,7 +20,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
-from calibration.chain import Array, Chain, ChainError
+from calibration.chain import Array, Chain, ChainError, Float64Array, rescale
 from calibration.clipping import best_clip, candidate_clips
 from calibration.convolution import NUMPY, FloatArray, Kernels, run_chain
 from calibration.effects import clip_effects, measured_effects
@@ -151,9 +151,63 @@ def quantize_by_recipe(
     floats = floats.divided_by(equalized.scales)
     clips, logits = _choose_clips(recipe, equalized, images, floats, kernels)
     require_equal(floats.logits[: len(logits)], logits)
-    quantized = quantize_chain(
+    values = [choice.clip for choice in clips]
+    quantized = _quantized(
+        recipe,
         equalized.chain,
-        [choice.clip for choice in clips],
+        values,
+        images=images,
+        floats=floats,
+        options=options,
+        kernels=kernels,
+    )
+    names = [stage.name for stage in chain.stages]
+    return Outcome(
+        equalization=equalized, clips=dict(zip(names, clips, strict=True)), quantized=quantized
+    )
+
+
+def requantize(
+    recipe: Recipe,
+    chain: Chain,
+    scales: Sequence[Float64Array | None],
+    clips: Sequence[float],
+    *,
+    images: FloatArray,
+    options: RecipeOptions,
+    kernels: Kernels = NUMPY,
+) -> tuple[Chain, QuantizedChain]:
+    """The rescaled chain and its integers, by scales and clips that a run before has chosen.
+
+    With that run's ``images`` and ``options``, bit for bit what it made.
+
+    Raises:
+        ChainError: if scales or clips do not fit the chain, or change the float network.
+    """
+    rescaled = rescale(chain, scales)
+    floats = survey(chain, images, kernels)
+    logits = run_chain(rescaled, images[:_CHECKED], kernels)
+    require_equal(floats.logits[: len(logits)], logits)
+    floats = floats.divided_by(scales)
+    done = _quantized(
+        recipe, rescaled, clips, images=images, floats=floats, options=options, kernels=kernels
+    )
+    return rescaled, done
+
+
+def _quantized(
+    recipe: Recipe,
+    chain: Chain,
+    clips: Sequence[float],
+    *,
+    images: FloatArray,
+    floats: FloatPass,
+    options: RecipeOptions,
+    kernels: Kernels,
+) -> QuantizedChain:
+    return quantize_chain(
+        chain,
+        clips,
         images,
         SequentialOptions(
             second_order=recipe.weighs,
@@ -164,10 +218,6 @@ def quantize_by_recipe(
         ),
         floats=floats if recipe.equalizes else None,
         kernels=kernels,
-    )
-    names = [stage.name for stage in chain.stages]
-    return Outcome(
-        equalization=equalized, clips=dict(zip(names, clips, strict=True)), quantized=quantized
     )
 
 

@@ -23,6 +23,7 @@ from calibration.moments import ChannelStatistics, RangeObserver
 from calibration.recipe import Outcome, RecipeOptions, quantize_by_recipe
 from calibration.recipe import Recipe as Rung
 from calibration.sample import ImageSample, sample_size
+from calibration.sequential import QuantizedChain
 from calibration.survey import FloatPass, survey
 from calibration.table import CalibrationTable, TensorRange
 from exporter.errors import GateFailedError, InputError
@@ -104,20 +105,39 @@ def _stream(
     chain = plain.chain
     widths = (*(s.in_channels for s in chain.stages), chain.stages[-1].out_channels)
     observers = [RangeObserver(width) for width in widths]
-    sample: ImageSample | None = None
+    sampler = Sampler()
     seen = 0
     for (batch,) in images.batches():
-        if sample is None:
-            sample = ImageSample(sample_size((batch.shape[2], batch.shape[3])))
-        sample.update(batch)
+        sampler.update(batch)
         found = list(runner.run((batch,)).values())
         for observer, minima, maxima in zip(observers, found[::2], found[1::2], strict=True):
             observer.add(minima, maxima)
         seen += len(batch)
         progress(seen / images.count)
-    if sample is None:
-        raise InputError("there are no calibration images")
-    return observers, sample.images
+    return observers, sampler.images
+
+
+class Sampler:
+    """The sample of a stream: images of the first one's size, for rounding works on one size."""
+
+    def __init__(self) -> None:
+        self._sample: ImageSample | None = None
+        self._size: tuple[int, int] = (0, 0)
+
+    def update(self, batch: FloatArray) -> None:
+        """Consider ``[n, C, H, W]``."""
+        size = (batch.shape[2], batch.shape[3])
+        if self._sample is None:
+            self._sample, self._size = ImageSample(sample_size(size)), size
+        if size == self._size:
+            self._sample.update(batch)
+
+    @property
+    def images(self) -> FloatArray:
+        """``[n, C, H, W]``; InputError where there were none."""
+        if self._sample is None:
+            raise InputError("there are no calibration images")
+        return self._sample.images
 
 
 def _with_ranges(model: onnx.ModelProto, boundaries: Sequence[str]) -> onnx.ModelProto:
@@ -162,33 +182,42 @@ def quantize_observed(
     chosen = frozenset(options.keep_float).difference(plain.float_nodes)
     options = replace(options, keep_float=chosen)
     outcome = _outcome(plain.chain, observed, Rung(recipe), options)
-    done = outcome.quantized
     equalized = with_chain(model, outcome.equalization.chain)
-    biases = {name: stage.bias for name, stage in done.stages.items()}
-    corrected = with_chain(model, done.chain, biases)
-    nodes = {node.name: node for node in model.graph.node}
-    rounded = {
-        nodes[name].input[1]: RoundedWeight(integers=stage.weight, scales=stage.weight_scales)
-        for name, stage in done.stages.items()
-    }
-    table = _table(equalized, plain, observed, outcome, method=recipe, preprocess=preprocess)
-    kept = [*options.keep_float, *plain.float_nodes]
-    graph = quantize(
-        corrected,
-        table,
-        keep_float=kept,
-        rounded=rounded,
-        per_tensor_weights=options.per_tensor_weights,
-    )
+    table = _table(model, equalized, plain, observed, outcome, method=recipe, preprocess=preprocess)
     return QuantizedGraphs(
         model=equalized,
-        graph=use_full_range(graph, table.unsigned),
+        graph=integer_graph(model, plain, outcome.quantized, table, options),
         table=table,
         outcome=outcome,
     )
 
 
+def integer_graph(
+    model: onnx.ModelProto,
+    plain: PlainChain,
+    done: QuantizedChain,
+    table: CalibrationTable,
+    options: RecipeOptions,
+) -> onnx.ModelProto:
+    """The Q/DQ graph of ``model`` with the integers and biases of ``done``."""
+    biases = {name: stage.bias for name, stage in done.stages.items()}
+    nodes = {node.name: node for node in model.graph.node}
+    rounded = {
+        nodes[name].input[1]: RoundedWeight(integers=stage.weight, scales=stage.weight_scales)
+        for name, stage in done.stages.items()
+    }
+    graph = quantize(
+        with_chain(model, done.chain, biases),
+        table,
+        keep_float=[*options.keep_float, *plain.float_nodes],
+        rounded=rounded,
+        per_tensor_weights=options.per_tensor_weights,
+    )
+    return use_full_range(graph, table.unsigned)
+
+
 def _table(
+    model: onnx.ModelProto,
     equalized: onnx.ModelProto,
     plain: PlainChain,
     observed: Observed,
@@ -215,6 +244,12 @@ def _table(
         data_sha256=observed.data_sha256,
         image_count=observed.image_count,
         preprocess=preprocess.to_json() if preprocess else {},
+        source_sha256=hashlib.sha256(model.SerializeToString()).hexdigest(),
+        channel_scales={
+            stage.name: tuple(map(float, found))
+            for stage, found in zip(plain.chain.stages, outcome.equalization.scales, strict=True)
+            if found is not None
+        },
         unsigned=frozenset(boundary[name] for name, stage in stages.items() if stage.unsigned),
     )
 

@@ -102,6 +102,8 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     add("--per-tensor-weights", action="store_true", help="one scale a weight in int8, not one a "
         "channel")  # fmt: skip
     add("--power-of-two", action="store_true", help="equalize by powers of two only")
+    add("--calibration-table", metavar="FILE", help="calibration.json of an earlier run; refused "
+        "unless network, images, preprocessing and recipe are the same")  # fmt: skip
     add("--target", help="compute capabilities, such as sm86,sm89 (default: all that can)")
     add("--backend", default="auto", help="auto or tensorrt-rtx (default: auto)")
     add("--batch", metavar="MIN:OPT:MAX", help="batch profile (default: 1:8:32)")

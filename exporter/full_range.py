@@ -65,10 +65,11 @@ def use_full_range(model: onnx.ModelProto, tensors: Collection[str]) -> onnx.Mod
 
 def _reader(model: onnx.ModelProto, quantizer: onnx.NodeProto) -> onnx.NodeProto:
     real = f"{quantizer.input[0]}.dequantized"
-    readers = [node for node in model.graph.node if real in node.input]
+    readers: list[onnx.NodeProto] = [node for node in model.graph.node if real in node.input]
     if len(readers) != 1:
         raise ValueError(f"{real} has {len(readers)} readers; its shift belongs to one convolution")
-    return readers[0]
+    (reader,) = readers
+    return reader
 
 
 def _padding(conv: onnx.NodeProto) -> list[int]:

@@ -56,7 +56,10 @@ def prepare(
     )
     if evaluation is None and calibration is not None and spec.evaluation is None:
         evaluation, notes = calibration, (arrays_note,)
-    needed = source.trained is None or spec.calibration is not None
+    # Trained scales need no images, and neither need the clip values of a table.
+    known = source.trained is not None or spec.calibration_table is not None
+    own = source.origin["source"] in ("bundled", RANDOM)
+    needed = spec.calibration is not None or not known or (own and source.trained is None)
     if calibration is None and spec.precision is Precision.INT8 and needed:
         calibration = calibration_images(spec, source, _required(preprocess, "calibration"))
     if evaluation is None:

@@ -17,9 +17,10 @@ from exporter.int8 import Int8Request, choose
 from exporter.judge import Judge
 from exporter.onnx_runner import OnnxRunner
 from exporter.parity import Gate
-from exporter.plain_chain import read_chain
+from exporter.plain_chain import PlainChain, read_chain
 from exporter.precision import largest_magnitudes, require_half_range, to_half
 from exporter.quantizers import QuantizerOptions, open_quantizer
+from exporter.replay import load_table, replay, require_binding
 from exporter.source import Source
 from exporter.spec import RANDOM, ExportSpec, Precision
 from exporter.trained_scales import quantize_trained
@@ -110,8 +111,6 @@ def _quantize(
     spec: ExportSpec, inputs: Inputs, model: onnx.ModelProto, judge: Judge, stage: Stage
 ) -> Precise:
     images = inputs.calibration
-    if images is None:
-        raise InputError("int8 needs calibration images: pass CALIB=folder")
     if spec.max_drop is not None and judge.labels is None:
         raise InputError(
             "--max-drop needs labels: pass --evaluation with a folder for each of the classes"
@@ -129,6 +128,10 @@ def _quantize(
         preprocess=inputs.preprocess,
     )
     chain = read_chain(model)
+    if spec.calibration_table is not None:
+        return _replay(spec, inputs, model, chain, options=options, judge=judge, stage=stage)
+    if images is None:
+        raise InputError("int8 needs calibration images: pass CALIB=folder")
     with stage("calibrate") as advance:
         quantizer = open_quantizer(model, chain, images, options, advance)
     with stage("quantize") as advance:
@@ -139,6 +142,36 @@ def _quantize(
         table=made.table,
         kept_half=kept,
         kept_float=chain.float_nodes if chain is not None else (),
+    )
+
+
+def _replay(
+    spec: ExportSpec,
+    inputs: Inputs,
+    model: onnx.ModelProto,
+    chain: PlainChain | None,
+    *,
+    options: QuantizerOptions,
+    judge: Judge,
+    stage: Stage,
+) -> Precise:
+    """INT8 by the table of an earlier run."""
+    assert spec.calibration_table is not None
+    with stage("calibrate"):
+        table = load_table(spec.calibration_table)
+        require_binding(table, model, inputs.calibration, options, spec.recipe)
+    with stage("quantize"):
+        made = replay(model, chain, inputs.calibration, table)
+        if chain is not None:
+            judge.recheck("simplified", OnnxRunner(made.model).run)
+        gate = _precision_gate(spec, inputs.source)
+        judge.check("int8", OnnxRunner(made.graph).run, gate)
+    return Precise(
+        model=made.model,
+        graph=made.graph,
+        table=made.table,
+        kept_half=tuple(table.options.get("keep_half", ())),
+        kept_float=(*table.options.get("keep_float", ()), *(chain.float_nodes if chain else ())),
     )
 
 

@@ -8,9 +8,9 @@ only. Both look at the calibration images once, when they are opened.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import onnx
@@ -44,6 +44,15 @@ class QuantizerOptions:
     per_tensor_weights: bool = False
     power_of_two: bool = False
     preprocess: Preprocess | None = None
+
+    def to_json(self, kept_half: Sequence[str] = ()) -> dict[str, Any]:
+        """What binds a calibration table beside recipe, data and preprocessing."""
+        return {
+            "keep_float": sorted(self.keep_float),
+            "keep_half": sorted(kept_half),
+            "per_tensor_weights": self.per_tensor_weights,
+            "power_of_two": self.power_of_two,
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,7 +174,7 @@ class _ChainQuantizer:
         return Quantized(
             model=made.model,
             graph=in_half(made.graph, kept_half),
-            table=made.table,
+            table=replace(made.table, options=options.to_json(kept_half)),
             outcome=made.outcome,
         )
 
@@ -201,6 +210,7 @@ class _ClipQuantizer:
         table = table_by(str(recipe), self._observers, self._model, self._images, preprocess)
         _require_half_fits(self._model, self._images, kept_half)
         graph = self._graph(table, {*self._options.keep_float, *kept_half})
+        table = replace(table, options=self._options.to_json(kept_half))
         return Quantized(model=self._model, graph=in_half(graph, kept_half), table=table)
 
     def _graph(self, table: CalibrationTable, kept: Collection[str]) -> onnx.ModelProto:

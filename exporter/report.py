@@ -93,6 +93,7 @@ def _command(spec: Mapping[str, Any]) -> str:
     options = {
         "weights": "--weights",
         "calibration": "--calib",
+        "calibration_table": "--calibration-table",
         "evaluation": "--evaluation",
         "target": "--target",
         "preprocess": "--preprocess",

@@ -68,7 +68,8 @@ class ExportSpec:
     ``recipe`` None is the best that the graph allows; ``keep_float`` names nodes that stay float.
     ``min_sqnr_db`` and ``min_agreement`` replace the default gate of the precision stage;
     ``max_drop`` adds one, in points of top-1. At int8, ``min_sqnr_db`` and ``max_drop`` keep as
-    many layers in half as they need. ``power_of_two`` binds equalization's scales.
+    many layers in half as they need. ``power_of_two`` binds equalization's scales;
+    ``calibration_table`` is that of an earlier run, to be used again.
     """
 
     variant: Variant | None
@@ -94,6 +95,7 @@ class ExportSpec:
     max_drop: float | None = None
     per_tensor_weights: bool = False
     power_of_two: bool = False
+    calibration_table: Path | None = None
     workspace_mib: int | None = None
 
     @property
@@ -111,7 +113,14 @@ class ExportSpec:
         values["variant"] = self.variant.name if self.variant else None
         for key in ("precision", "batch"):
             values[key] = str(values[key])
-        for key in ("recipe", "out", "calibration", "evaluation", "dynamic_size"):
+        for key in (
+            "recipe",
+            "out",
+            "calibration",
+            "calibration_table",
+            "evaluation",
+            "dynamic_size",
+        ):
             values[key] = None if values[key] is None else str(values[key])
         return values
 
@@ -142,6 +151,7 @@ class ExportRequest:
     max_drop: float | None = None
     per_tensor_weights: bool = False
     power_of_two: bool = False
+    calibration_table: str | None = None
     workspace_mib: int | None = None
 
 
@@ -208,6 +218,7 @@ def validate(request: ExportRequest, network: Variant | str | None = None) -> Ex
         max_drop=request.max_drop,
         per_tensor_weights=request.per_tensor_weights,
         power_of_two=request.power_of_two,
+        calibration_table=Path(request.calibration_table) if request.calibration_table else None,
         workspace_mib=request.workspace_mib,
     )
 
@@ -274,7 +285,7 @@ def _dynamic_size_complaints(profile: SizeProfile, image_size: tuple[int, int] |
 
 def _int8_complaints(request: ExportRequest, precision: Precision) -> list[str]:
     """What only INT8 can obey must not be dropped in silence."""
-    names = ("recipe", "keep_float", "per_tensor_weights", "power_of_two")
+    names = ("recipe", "keep_float", "per_tensor_weights", "power_of_two", "calibration_table")
     given = [f"--{name.replace('_', '-')}" for name in names if getattr(request, name)]
     if not given:
         return []

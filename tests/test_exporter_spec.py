@@ -198,7 +198,7 @@ def test_everything_that_is_typed_arrives(tmp_path: Path) -> None:
             target="sm86", backend="rtx", batch="2:4:8", image_size="64x96", preprocess="imagenet",
             dynamic_size="32:64:96x64:96:128", out="here", skip_bad_images=True, min_sqnr_db=33.5,
             min_agreement=0.5, max_drop=0.2, per_tensor_weights=True, power_of_two=True,
-            workspace_mib=256,
+            calibration_table="t.json", workspace_mib=256,
         )
     )  # fmt: skip
     expected = ExportSpec(
@@ -209,7 +209,8 @@ def test_everything_that_is_typed_arrives(tmp_path: Path) -> None:
         batch=BatchProfile(2, 4, 8), image_size=(64, 96), preprocess="imagenet",
         dynamic_size=SizeProfile((32, 64, 96), (64, 96, 128)),
         skip_bad_images=True, min_sqnr_db=33.5, min_agreement=0.5, max_drop=0.2,
-        per_tensor_weights=True, power_of_two=True, workspace_mib=256,
+        per_tensor_weights=True, power_of_two=True, calibration_table=Path("t.json"),
+        workspace_mib=256,
     )  # fmt: skip
     assert expected == spec
 

@@ -43,10 +43,9 @@ def exported(network, images, tmp_path):
         return export(
             network,
             example_input=torch.zeros(1, 3, 32, 32),
-            calibration=images,
             targets="sm86",
             out=tmp_path / "bundle",
-            **{"min_agreement": 0.0, **options},
+            **{"calibration": images, "min_agreement": 0.0, **options},
         )
 
     return run
@@ -175,6 +174,43 @@ def test_wide_publishes_a_graph_whose_relu_outputs_use_all_256_integers(exported
     assert count == engine["int8"]
     tensors = json.loads((bundle.path / "calibration.json").read_text())["tensors"]
     assert ["images"] == [name for name, entry in tensors.items() if not entry["unsigned"]]
+
+
+@pytest.mark.parametrize("recipe", ["mse", "wide"])
+def test_a_calibration_table_makes_the_same_graphs_again(exported, recipe, tmp_path):
+    """Bit for bit, layers in half included, without observing or choosing anything anew."""
+    first = exported(recipe=recipe, min_sqnr_db=28.0 if recipe == "mse" else 41.0)
+    kept = first.parity["mixed_precision"]["kept"]
+    table = tmp_path / "t.json"
+    table.write_bytes((first.path / "calibration.json").read_bytes())
+    graphs = {name: (first.path / name).read_bytes() for name in ("model.onnx", "model.int8.onnx")}
+    again = exported(calibration_table=str(table))
+    assert graphs == {name: (again.path / name).read_bytes() for name in graphs}
+    assert table.read_bytes() == (again.path / "calibration.json").read_bytes()
+    assert sorted(kept) == json.loads(table.read_text())["options"]["keep_half"]
+
+
+def test_a_calibration_table_of_something_else_is_refused(exported, tmp_path, images):
+    """Each thing that it is bound to is named; a file that is none is one sentence."""
+    bundle = exported(recipe="minmax")
+    table = tmp_path / "t.json"
+    table.write_bytes((bundle.path / "calibration.json").read_bytes())
+    with pytest.raises(
+        InputError, match=r"made for something else: the recipe .the table's is minm"
+    ):
+        exported(calibration_table=str(table), recipe="full")
+    with pytest.raises(InputError, match="something else: the calibration images differs"):
+        exported(calibration_table=str(table), calibration=images[:64])
+    with pytest.raises(InputError, match="per tensor weights differs"):
+        exported(calibration_table=str(table), per_tensor_weights=True)
+    document = json.loads(table.read_text())
+    document["source_sha256"] = "0" * 64
+    table.write_text(json.dumps(document))
+    with pytest.raises(InputError, match=r"the network .or how it was exported. differs; leave"):
+        exported(calibration_table=str(table))
+    table.write_text("{}")
+    with pytest.raises(InputError, match=r"calibration table .* cannot be used: calibration table"):
+        exported(calibration_table=str(table))
 
 
 @pytest.mark.slow

@@ -199,14 +199,32 @@ def _round_block(target: Array, nearest: Array, covariance: Array, damping: floa
     start = nearest[order]
     difference = goal - start
     limit = (difference * _product(ordered, difference)).sum(axis=0)
-    try:
-        found, error = _nearest_plane(goal, ordered.copy(), damping)
-    except np.linalg.LinAlgError:
-        # float32 may lose the least eigenvalues, which the damping keeps positive in float64.
-        found, error = _nearest_plane(goal, ordered.astype(np.float64), damping)
+    solved = _damped_until_positive(goal, ordered, damping)
+    if solved is None:
+        return nearest
+    found, error = solved
     result = np.empty_like(found)
     result[order] = np.where(error <= limit, found, start)
     return result
+
+
+def _damped_until_positive(
+    goal: Array, covariance: Array, damping: float
+) -> tuple[Array, Array] | None:
+    """:func:`_nearest_plane`, with as little damping as a factorization needs; None if none does.
+
+    float32 may lose the least eigenvalues, which the damping keeps positive in float64. Moments of
+    a sample whose mean was rounded may lack more.
+    """
+    attempts = [(covariance.copy(), damping)]
+    for stronger in (damping, 10 * damping, 100 * damping):
+        attempts.append((covariance.astype(np.float64), stronger))
+    for matrix, added in attempts:
+        try:
+            return _nearest_plane(goal, matrix, added)
+        except np.linalg.LinAlgError:
+            continue
+    return None
 
 
 def _nearest_plane(goal: Array, covariance: Array, damping: float) -> tuple[Array, Array]:

@@ -183,6 +183,21 @@ def test_a_covariance_beyond_float32_is_factored_in_float64(
     assert expected.tolist() == round_weights(weight, scales, covariance).tolist()
 
 
+@pytest.mark.parametrize("missing", [0.05, 0.5, 1e6])
+def test_moments_that_are_no_covariance_still_give_integers(missing: float) -> None:
+    """More damping where eigenvalues are negative, and rounding to nearest where none helps."""
+    weight = np.random.default_rng(1).normal(0, 1, (6, 4, 3, 3))
+    scales = weight_scales(weight)
+    covariance = moments_of(patches_of(1, 1, 36, 500)).covariance()
+    values, vectors = np.linalg.eigh(covariance[0])
+    values[0] = -missing * covariance[0].diagonal().mean()
+    broken = np.array([vectors @ np.diag(values) @ vectors.T])
+    found = round_weights(weight, scales, broken)
+    assert (np.int8, weight.shape) == (found.dtype, found.shape)
+    if missing > 1:
+        assert quantize_weights(weight, scales).tolist() == found.tolist()
+
+
 def test_integers_are_the_same_every_time() -> None:
     """Two runs give the same integers."""
     weight = np.random.default_rng(1).normal(0, 1, (32, 16, 3, 3))

@@ -25,6 +25,7 @@ from exporter.errors import InputError
 from exporter.graph import attributes, quantizable, with_outputs
 from exporter.half_nodes import in_half
 from exporter.image_set import ImageSet, outputs_of
+from exporter.onnx_kernels import OnnxKernels
 from exporter.onnx_runner import FloatArray, OnnxRunner
 from exporter.plain_chain import PlainChain
 from exporter.precision import largest_magnitudes, require_half_range
@@ -183,9 +184,10 @@ class _ChainQuantizer:
         assert made.outcome is not None
         few = self._observed.sample[:_SWEEP_IMAGES]
         chain = made.outcome.equalization.chain
+        kernels = OnnxKernels()
         return LayerEffects(
-            layers=predicted_effects(chain, made.outcome.quantized, few),
-            signal=signal_power(chain, few),
+            layers=predicted_effects(chain, made.outcome.quantized, few, kernels),
+            signal=signal_power(chain, few, kernels),
         )
 
 

@@ -7,14 +7,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import numpy_helper
 
 from calibration.chain import Chain, ChainError
 from calibration.convolution import FloatArray
@@ -101,7 +100,7 @@ def _stream(
     progress: Callable[[float], None],
 ) -> tuple[list[RangeObserver], FloatArray]:
     """The range of every boundary over all images, and the sample of them."""
-    runner = OnnxRunner(_with_ranges(model, plain.boundaries))
+    runner = OnnxRunner(_with_ranges(model, plain))
     chain = plain.chain
     widths = (*(s.in_channels for s in chain.stages), chain.stages[-1].out_channels)
     observers = [RangeObserver(width) for width in widths]
@@ -109,9 +108,12 @@ def _stream(
     seen = 0
     for (batch,) in images.batches():
         sampler.update(batch)
-        found = list(runner.run((batch,)).values())
-        for observer, minima, maxima in zip(observers, found[::2], found[1::2], strict=True):
-            observer.add(minima, maxima)
+        found = {name: pooled[:, :, 0, 0] for name, pooled in runner.run((batch,)).items()}
+        for observer, boundary in zip(observers, plain.boundaries, strict=True):
+            maxima = found[f"{boundary}/max"]
+            # Behind a ReLU the least value is the sample's: 0, but for channels that never rest.
+            negative = found.get(f"{boundary}/min")
+            observer.add(maxima if negative is None else -negative, maxima)
         seen += len(batch)
         progress(seen / images.count)
     return observers, sampler.images
@@ -140,24 +142,34 @@ class Sampler:
         return self._sample.images
 
 
-def _with_ranges(model: onnx.ModelProto, boundaries: Sequence[str]) -> onnx.ModelProto:
-    """A copy of ``model`` that returns two outputs ``[n, C]`` a boundary: minima, then maxima.
+def _with_ranges(model: onnx.ModelProto, plain: PlainChain) -> onnx.ModelProto:
+    """A copy of ``model`` that returns ``[n, C, 1, 1]`` a boundary: its maxima, and where values
+    may be negative the maxima of its negative.
 
-    Reduced in place, the tensors themselves are never copied out.
+    A global max pooling reads the layout that convolutions write; a general reduction would have
+    every tensor copied into another one first.
     """
-    names = [(op, boundary) for boundary in boundaries for op in ("ReduceMin", "ReduceMax")]
-    reduced = with_outputs(model, [f"{boundary}/{op}" for op, boundary in names])
-    axes = numpy_helper.from_array(np.array([2, 3], dtype=np.int64), "ranges/axes")
-    inputs = max(entry.version for entry in model.opset_import if not entry.domain) >= 18
-    reduced.graph.initializer.append(axes)
-    for op, boundary in names:
-        node = onnx.helper.make_node(op, [boundary], [f"{boundary}/{op}"], keepdims=0)
-        if inputs:
-            node.input.append(axes.name)
-        else:
-            node.attribute.append(onnx.helper.make_attribute("axes", [2, 3]))
-        reduced.graph.node.append(node)
+    wanted = [("max", boundary) for boundary in plain.boundaries]
+    wanted += [("min", boundary) for boundary in _signed(plain)]
+    reduced = with_outputs(model, [f"{boundary}/{end}" for end, boundary in wanted])
+    for end, boundary in wanted:
+        source = boundary
+        if end == "min":
+            source = f"{boundary}/negative"
+            reduced.graph.node.append(onnx.helper.make_node("Neg", [boundary], [source]))
+        pool = onnx.helper.make_node("GlobalMaxPool", [source], [f"{boundary}/{end}"])
+        reduced.graph.node.append(pool)
     return reduced
+
+
+def _signed(plain: PlainChain) -> list[str]:
+    """The boundaries that no ReLU is in front of."""
+    before = (None, *plain.chain.stages)
+    return [
+        boundary
+        for boundary, stage in zip(plain.boundaries, before, strict=True)
+        if stage is None or not stage.relu
+    ]
 
 
 def quantize_observed(

@@ -19,8 +19,8 @@ its own derivative gives the same SQNR.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -55,6 +55,16 @@ class StageGradient:
     x: FloatArray
     gradient: FloatArray
     at_input: FloatArray
+
+    def at_scaled_input(self, scale: Float64Array | None) -> StageGradient:
+        """The same in a chain whose boundary in front of the stage is divided by ``scale`` ``[I]``.
+
+        ``gradient`` stays that of the unscaled result.
+        """
+        if scale is None:
+            return self
+        factor = scale.astype(np.float32)[:, None, None, None]
+        return replace(self, x=self.x / factor, at_input=self.at_input * factor)
 
 
 def gradients(
@@ -102,10 +112,15 @@ def measured_effects(
     chain: Chain, images: FloatArray, kernels: Kernels = NUMPY
 ) -> list[Float64Array]:
     """G ``[O]`` of each stage, measured on ``images`` ``[N, C, H, W]``."""
+    return effects_of(chain, gradients(chain, images, kernels), len(images))
+
+
+def effects_of(chain: Chain, steps: Iterable[StageGradient], count: int) -> list[Float64Array]:
+    """:func:`measured_effects` by the gradients of ``count`` images."""
     found = [np.zeros(stage.out_channels) for stage in chain.stages]
-    for step in gradients(chain, images, kernels):
+    for step in steps:
         found[step.index] += power(step.gradient)
-    return [effect / len(images) for effect in found]
+    return [effect / count for effect in found]
 
 
 def power(gradient: FloatArray) -> Float64Array:
@@ -121,28 +136,29 @@ def logit_power(gradient: FloatArray, error: FloatArray) -> float:
 
 
 def clip_effects(
-    chain: Chain,
+    steps: Iterable[StageGradient],
     clips: Sequence[Mapping[str, float]],
-    images: FloatArray,
-    kernels: Kernels = NUMPY,
+    count: int,
     *,
     unsigned: Sequence[bool] | None = None,
 ) -> list[dict[str, float]]:
     """Error power in the logits of quantizing each stage's input at each named clip value.
+
+    ``steps`` are the gradients of ``count`` images.
 
     ``clips[l]`` belongs to the input of stage l, ``unsigned[l]`` says that its integers are 0 to
     255. Weights stay exact, so the error that an input error makes in the result need not be
     computed: its effect is that of the input error itself, judged by the gradient at the input.
     """
     found = [dict.fromkeys(named, 0.0) for named in clips]
-    for step in gradients(chain, images, kernels):
+    for step in steps:
         named = clips[step.index]
         different = sorted(set(named.values()))
         without_sign = unsigned is not None and unsigned[step.index]
         power_at = partial(_rounding_power, step, unsigned=without_sign)
         powers = on_all_cores(power_at, different)
         for name, clip in named.items():
-            found[step.index][name] += powers[different.index(clip)] / len(images)
+            found[step.index][name] += powers[different.index(clip)] / count
     return found
 
 

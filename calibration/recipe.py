@@ -23,7 +23,7 @@ from enum import Enum
 from calibration.chain import Array, Chain, ChainError, Float64Array, rescale
 from calibration.clipping import best_clip, candidate_clips
 from calibration.convolution import NUMPY, FloatArray, Kernels, run_chain
-from calibration.effects import clip_effects, measured_effects
+from calibration.effects import StageGradient, clip_effects, effects_of, gradients
 from calibration.equalize import (
     Equalization,
     EqualizeOptions,
@@ -33,6 +33,7 @@ from calibration.equalize import (
 )
 from calibration.extremes import likely_peak
 from calibration.moments import ChannelStatistics
+from calibration.observer import TensorObserver
 from calibration.sample import sample_size
 from calibration.sequential import (
     QuantizedChain,
@@ -138,10 +139,12 @@ def quantize_by_recipe(
         raise ChainError("there are no images to quantize on; give at least one")
     floats = floats or survey(chain, images, kernels)
     few = first_images(images)
+    # One backward pass for both: equalization only scales what it finds.
+    steps = list(gradients(chain, few, kernels))
     equalized = equalize(
         chain,
         statistics,
-        measured_effects(chain, few, kernels),
+        effects_of(chain, steps, len(few)),
         EqualizeOptions(
             scaling=Scaling.NOISE if recipe.equalizes else Scaling.NONE,
             power_of_two=options.power_of_two,
@@ -149,7 +152,12 @@ def quantize_by_recipe(
         ),
     )
     floats = floats.divided_by(equalized.scales)
-    clips, logits = _choose_clips(recipe, equalized, images, floats, kernels)
+    if recipe.weighs:
+        clips = _weighed_clips(recipe, equalized, steps, len(few), floats)
+        logits = run_chain(equalized.chain, images[:_CHECKED], kernels)
+    else:
+        clips, logits = _named_clips(recipe, equalized, images, kernels)
+    del steps
     require_equal(floats.logits[: len(logits)], logits)
     values = [choice.clip for choice in clips]
     quantized = _quantized(
@@ -221,30 +229,41 @@ def _quantized(
     )
 
 
-def _choose_clips(
-    recipe: Recipe,
-    equalized: Equalization,
-    images: FloatArray,
-    floats: FloatPass,
-    kernels: Kernels,
+def _peaks(equalized: Equalization) -> list[float]:
+    return [float(found.abs_max.max()) for found in equalized.statistics[:-1]]
+
+
+def _named_clips(
+    recipe: Recipe, equalized: Equalization, images: FloatArray, kernels: Kernels
 ) -> tuple[list[ClipChoice], Array]:
-    """The clip values, and the equalized chain's logits on the first images."""
-    chain = equalized.chain
-    peaks = [float(found.abs_max.max()) for found in equalized.statistics[:-1]]
+    """Every stage's clip by the method that the recipe names, and logits of the first images."""
+    peaks = _peaks(equalized)
     if not recipe.reads_histograms:
         choices = [ClipChoice(clip=peak or 1.0, method="minmax", effects={}) for peak in peaks]
-        return choices, run_chain(chain, images[:_CHECKED], kernels)
-    # What the effects decide, the images of the effects may propose.
-    few = first_images(images)
-    observers, logits = observe_inputs(chain, few if recipe.weighs else images, kernels)
-    candidates = [
-        candidate_clips(observer, peak) for observer, peak in zip(observers, peaks, strict=True)
-    ]
-    if not recipe.weighs:
-        method = recipe.value
-        return [ClipChoice(clip=c[method], method=method, effects={}) for c in candidates], logits
-    unsigned = [recipe is Recipe.WIDE and is_unsigned(chain, i) for i in range(len(candidates))]
-    effects = clip_effects(chain, candidates, few, kernels, unsigned=unsigned)
+        return choices, run_chain(equalized.chain, images[:_CHECKED], kernels)
+    observers, logits = observe_inputs(equalized.chain, images, kernels)
+    candidates = map(candidate_clips, observers, peaks)
+    method = recipe.value
+    return [ClipChoice(clip=c[method], method=method, effects={}) for c in candidates], logits
+
+
+def _weighed_clips(
+    recipe: Recipe,
+    equalized: Equalization,
+    steps: Sequence[StageGradient],
+    count: int,
+    floats: FloatPass,
+) -> list[ClipChoice]:
+    """Every stage's clip by what it does to the logits of the ``count`` images of ``steps``."""
+    incoming = [None, *equalized.scales]
+    scaled = [step.at_scaled_input(incoming[step.index]) for step in steps]
+    observers = [TensorObserver() for _ in equalized.chain.stages]
+    for step in scaled:
+        observers[step.index].update(step.x)
+    candidates = list(map(candidate_clips, observers, _peaks(equalized)))
+    wide = recipe is Recipe.WIDE
+    unsigned = [wide and is_unsigned(equalized.chain, i) for i in range(len(candidates))]
+    effects = clip_effects(scaled, candidates, count, unsigned=unsigned)
     methods = [best_clip(found) for found in effects]
     choices = [
         ClipChoice(clip=found[method], method=method, effects=powers)
@@ -252,7 +271,7 @@ def _choose_clips(
     ]
     # An image's own range is known; what the network makes of the next one is not.
     rest = zip(choices[1:], floats.peaks[1:-1], strict=True)
-    return [choices[0], *(_with_room(choice, peaks) for choice, peaks in rest)], logits
+    return [choices[0], *(_with_room(choice, peaks) for choice, peaks in rest)]
 
 
 def _with_room(choice: ClipChoice, peaks: FloatArray) -> ClipChoice:

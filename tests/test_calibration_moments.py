@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 
 from calibration.moments import ChannelStatistics, RangeObserver
 from calibration.observer import ObservationError
-from calibration.sample import ImageSample, sample_size
+from calibration.sample import ImageSample, fingerprint, sample_size
 
 BATCHES = hnp.arrays(
     np.float32,
@@ -147,3 +147,20 @@ def test_sample_refusals() -> None:
 def test_small_images_ask_for_more_of_them() -> None:
     """32 images of 224 x 224 are enough, and up to 512 of smaller ones."""
     assert (32, 98, 512, 32) == tuple(sample_size((s, s)) for s in (224, 128, 32, 640))
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 26), st.integers(0, 31)), min_size=1, max_size=4, unique=True)
+)
+def test_images_that_differ_in_a_few_bits_have_different_fingerprints(
+    flips: list[tuple[int, int]],
+) -> None:
+    """Whichever bits they are, highest ones included; an equal image has an equal one."""
+    image = np.random.default_rng(0).normal(size=(3, 3, 3)).astype(np.float32)
+    other = image.copy()
+    bits = other.reshape(-1).view(np.uint32)
+    for place, bit in flips:
+        bits[place] ^= np.uint32(1) << np.uint32(bit)
+    assert fingerprint(image) == fingerprint(image.copy())
+    assert fingerprint(image) != fingerprint(other)
+    assert fingerprint(image) != fingerprint(image.reshape(1, 9, 3))

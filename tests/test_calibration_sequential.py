@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibration import convolution
-from calibration.chain import Chain, ChainError, Classifier, ConvStage, Gate
+from calibration.chain import Chain, ChainError, Classifier, ConvStage, Gate, rescale
 from calibration.clipping import best_clip, candidate_clips, input_scale, quantize_input
 from calibration.convolution import (
     channel_first,
@@ -282,7 +282,7 @@ def test_harmful_clips_are_told_by_their_effect() -> None:
     """Clipping at a tenth of the range costs most; 5 % above the range costs next to nothing."""
     chain, images = chain_of(), images_of()
     clips = [{"minmax": c, "tight": c / 10, "wide": c * 1.05} for c in minmax(chain, images)]
-    for effects in clip_effects(chain, clips, images):
+    for effects in clip_effects(gradients(chain, images), clips, len(images)):
         assert effects["tight"] > 5 * effects["minmax"]
         assert effects["wide"] < 3 * effects["minmax"]
 
@@ -387,3 +387,19 @@ def test_fewest_stages_that_pass_are_found_in_few_runs(first: int, count: int) -
     found = first_passing(points, passes)
     assert (points[first] if first <= count else None) == found
     assert len(calls) <= 4
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_gradients_of_a_rescaled_chain_are_rescaled_gradients(gated: bool) -> None:
+    """Inputs divided and their gradients multiplied: one backward pass serves both chains."""
+    chain, images = chain_of(gated=gated), images_of(count=4)
+    rng = np.random.default_rng(0)
+    scales = [2.0 ** rng.uniform(-2, 2, stage.out_channels) for stage in chain.stages]
+    incoming = [None, *scales]
+    for before, after in zip(
+        gradients(chain, images), gradients(rescale(chain, scales), images), strict=True
+    ):
+        moved = before.at_scaled_input(incoming[before.index])
+        np.testing.assert_allclose(after.x, moved.x, rtol=1e-3, atol=1e-5)
+        largest = np.abs(after.at_input).max()
+        np.testing.assert_allclose(after.at_input, moved.at_input, atol=1e-4 * largest)

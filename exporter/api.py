@@ -71,7 +71,8 @@ def export(
             ``[N, ...]``, a tuple of one an input, or an iterable of either, which is read once,
             into memory.
         evaluation: the same, to compare the stages on; without it the calibration arrays.
-        targets: compute capabilities such as ``"sm86"`` or ``["sm80", "sm86"]``.
+        targets: compute capabilities or devices, ``"sm86"`` or ``["sm80", "orin"]``. The engine of
+            a device that builds its own is deferred, as ``engine.json`` then says.
         options: further fields of :class:`exporter.spec.ExportRequest`, such as ``batch="1:8:32"``
             or ``dynamic_size="64:96:128"``, which leaves height and width of the inputs open.
 

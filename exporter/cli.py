@@ -14,17 +14,26 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exporter import __version__
-from exporter.console import print_ledger, print_result, print_table, progress_bars, result_json
+from exporter.commands import EXPORT_LIBRARIES, device, files, require_libraries
+from exporter.console import (
+    print_ledger,
+    print_plan,
+    print_result,
+    progress_bars,
+    result_json,
+)
 from exporter.errors import (
     EXIT_DONE,
     EXIT_INTERRUPTED,
     EnvironmentLackError,
     ExporterError,
     GateFailedError,
+    InputError,
 )
 from exporter.spec import ExportRequest, Precision, Recipe, validate
 from models.variants import VARIANTS
@@ -52,42 +61,37 @@ def build_parser() -> argparse.ArgumentParser:
     _add_engine(
         commands.add_parser("engine", parents=[common], help="build a bundle", epilog=_EPILOG)
     )
-    verify = commands.add_parser(
-        "verify", parents=[common], help="check a bundle's files and figures", epilog=_EPILOG
-    )
-    verify.add_argument("bundle", type=Path, help="a folder that `engine` made")
-    verify.set_defaults(run=_run_verify)
-    inspect = commands.add_parser(
-        "inspect", parents=[common], help="say what a file is", epilog=_EPILOG
-    )
-    inspect.add_argument(
-        "file", type=Path, help="a checkpoint, an ONNX, a bundle, an engine, a calibration table"
-    )
-    inspect.set_defaults(run=_run_inspect)
-    _add_convert(
+    _add_plan(
         commands.add_parser(
-            "convert",
-            parents=[common],
-            help="write a checkpoint in other key names",
-            epilog=_EPILOG,
+            "plan", parents=[common], help="say what `engine` would do", epilog=_EPILOG
         )
     )
+
+    def command(name: str, words: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, parents=[common], help=words, epilog=_EPILOG)
+
+    device.add_commands(command)
+    files.add_commands(command)
     return parser
 
 
-def _add_convert(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("file", type=Path, help="a checkpoint")
-    add("out", type=Path, help="the safetensors file to write")
-    add("--to", default="official", help="key names: official, timm (default: official)")
-    add("--form", help="train or deploy, fused if need be (default: the file's own)")
-    add("--force", action="store_true", help="replace OUT if it exists")
-    parser.set_defaults(run=_run_convert)
-
-
 def _add_engine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help=f"variant: {', '.join(VARIANTS)}")
+    _add_request(parser)
+    parser.set_defaults(run=_run_engine)
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("model", help=f"variant: {', '.join(VARIANTS)}")
+    add("model", help=f"a bundle, or a variant: {', '.join(VARIANTS)}")
+    _add_request(parser)
+    add("--classes", type=int, metavar="N", help="of the checkpoint, for the sizes (default: 1000)")
+    parser.set_defaults(run=_run_plan)
+
+
+def _add_request(parser: argparse.ArgumentParser) -> None:
+    """The options that make an :class:`ExportRequest`, beside the model."""
+    add = parser.add_argument
     add("--precision", default="int8", help=f"{', '.join(map(str, Precision))} (default: int8)")
     add("--weights", help="checkpoint file, hub, hub@COMMIT or random (default: the bundled ones)")
     add("--calib", dest="calibration", metavar="DIR", help="calibration images")
@@ -104,8 +108,9 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     add("--power-of-two", action="store_true", help="equalize by powers of two only")
     add("--calibration-table", metavar="FILE", help="calibration.json of an earlier run; refused "
         "unless network, images, preprocessing and recipe are the same")  # fmt: skip
-    add("--target", help="compute capabilities, such as sm86,sm89 (default: all that can)")
-    add("--backend", default="auto", help="auto or tensorrt-rtx (default: auto)")
+    add("--target", help="devices and compute capabilities, such as orin,rtx3060,sm86 "
+        "(default: all that can)")  # fmt: skip
+    add("--backend", default="auto", help="auto, tensorrt-rtx or tensorrt (default: auto)")
     add("--batch", metavar="MIN:OPT:MAX", help="batch profile (default: 1:8:32)")
     add("--image-size", metavar="N or HxW", help="pixels (default: the checkpoint's own, else 224)")
     add("--dynamic-size", metavar="MIN:OPT:MAX",
@@ -119,7 +124,31 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         help="top-1 that may be lost; int8 keeps as many layers in half as it takes")  # fmt: skip
     add("--min-agreement", type=float, metavar="FRACTION", help="top-1 agreement gate, 0 to 1")
     add("--workspace-mib", type=int, metavar="MIB", help="builder's scratch memory limit")
-    parser.set_defaults(run=_run_engine)
+    _add_build_options(parser)
+
+
+def _add_build_options(parser: argparse.ArgumentParser) -> None:
+    """What only some builders can obey; one that cannot says so."""
+    add = parser.add_argument_group("building").add_argument
+    add(
+        "--typing",
+        default="auto",
+        help="data types by the graph or the builder: auto, strong, weak",
+    )
+    add("--dla", type=int, metavar="CORE", help="build for this DLA core (TensorRT on Jetson)")
+    add("--no-gpu-fallback", dest="gpu_fallback", action="store_false",
+        help="fail where the DLA does not take a layer")  # fmt: skip
+    add("--calibration-cache", metavar="FILE", help="implicit INT8 from TensorRT's own cache")
+    add("--timing-cache", metavar="FILE", help="kernel timings to start from; written back")
+    add(
+        "--optimization-level",
+        type=int,
+        metavar="0..5",
+        help="thoroughness of the builder's search",
+    )
+    add("--hardware-compatibility", default="none", help="none, ampere+, same-compute-capability")
+    add("--version-compatible", action="store_true", help="a plan for later TensorRT releases too")
+    add("--allow-emulated", action="store_true", help="accept targets that compute int8 in half")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -159,11 +188,9 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
 
 
 def _run_engine(options: argparse.Namespace) -> int:
-    names = ExportRequest.__dataclass_fields__
-    request = ExportRequest(**{name: getattr(options, name) for name in names})
-    spec = validate(request)
+    spec = validate(_request(options))
     with progress_bars(quiet=options.quiet) as progress:
-        _require_libraries()
+        require_libraries(*EXPORT_LIBRARIES)
         # Read when torch loads its OpenMP: threads that spin while others work slow a forward pass
         # down 40 times on a machine with another busy process.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -181,67 +208,36 @@ def _run_engine(options: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def _run_verify(options: argparse.Namespace) -> int:
-    from exporter.bundle import Bundle
-    from exporter.verify import verify
-
-    bundle = Bundle.load(options.bundle)
-    ledger = verify(bundle)
-    if options.json:
-        print(json.dumps({"bundle": str(bundle.path), "parity": ledger.to_json()}))
-    else:
-        print_ledger(ledger.to_json(), f"{bundle.path}: files intact")
-    if ledger.verdict != "pass":
-        failed = next(stage for stage in ledger.stages if stage.status == "fail")
-        raise GateFailedError(f"bundle {bundle.path}: stage {failed.stage}: {failed.reason}")
-    return EXIT_DONE
+def _request(options: argparse.Namespace) -> ExportRequest:
+    names = ExportRequest.__dataclass_fields__
+    return ExportRequest(**{name: getattr(options, name) for name in names})
 
 
-def _run_inspect(options: argparse.Namespace) -> int:
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from exporter.inspection import inspect_file
+def _run_plan(options: argparse.Namespace) -> int:
+    from exporter.bundle import MANIFEST, Bundle
+    from exporter.plan import make_plan, plan_bundle
 
-    inspection = inspect_file(options.file)
-    if options.json:
-        print(json.dumps(inspection.to_json(), allow_nan=False))
-        return EXIT_DONE
-    from exporter.inspection.tables import tables
-
-    for table in tables(inspection):
-        print_table(table)
-    for note in inspection.notes:
-        print(f"note: {note}")
-    return EXIT_DONE
-
-
-def _run_convert(options: argparse.Namespace) -> int:
-    _require_libraries("torch", "safetensors")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from exporter.conversion import convert
-
-    done = convert(options.file, options.out, to=options.to, form=options.form, force=options.force)
-    if options.json:
-        print(json.dumps(done.to_json()))
-        return EXIT_DONE
-    if done.dropped and not options.quiet:
-        print(f"note: dropped {', '.join(done.dropped)}", file=sys.stderr)
-    print(
-        f"{done.path}: RepVGG-{done.variant}, {done.tensors} tensors, {done.source_format} "
-        f"{done.source_form} -> {done.format} {done.form}"
-    )
-    return EXIT_DONE
-
-
-def _require_libraries(*names: str) -> None:
-    """Say which extra is missing before any work is done."""
-    from importlib.util import find_spec
-
-    missing = [
-        name
-        for name in names or ("torch", "onnx", "onnxruntime", "onnxsim", "safetensors")
-        if find_spec(name) is None
-    ]
-    if missing:
-        raise EnvironmentLackError(
-            f"not installed: {', '.join(missing)}; pip install 'repvgg-exporter[export]'"
+    request = _request(options)
+    if (Path(request.model) / MANIFEST).is_file():
+        own = ("model", "target", "backend", "dla")
+        options_of_an_export = [item for item in fields(request) if item.name not in own]
+        if options.classes is not None or any(
+            getattr(request, item.name) != item.default for item in options_of_an_export
+        ):
+            raise InputError(
+                f"{request.model} is exported already: beside a bundle `plan` takes --target, "
+                "--backend and --dla only"
+            )
+        plan = plan_bundle(
+            Bundle.load(request.model),
+            target=request.target,
+            backend=request.backend,
+            dla_core=options.dla,
         )
+    else:
+        plan = make_plan(validate(request), num_classes=options.classes, dla_core=options.dla)
+    if options.json:
+        print(json.dumps(plan.to_json()))
+    else:
+        print_plan(plan)
+    return EXIT_DONE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from exporter.pipeline import ExportResult
+    from exporter.plan_content import Plan
 
 
 @contextmanager
@@ -59,10 +61,30 @@ def result_json(result: ExportResult) -> dict[str, Any]:
     }
 
 
+def print_json(content: Mapping[str, Any]) -> None:
+    """One JSON object on standard output."""
+    print(json.dumps(content, allow_nan=False))
+
+
+def print_line(text: str) -> None:
+    """One line on standard output."""
+    print(text)
+
+
+def print_note(text: str) -> None:
+    """One line on standard error."""
+    print(text, file=sys.stderr)
+
+
 def print_result(result: ExportResult) -> None:
     """The ledger, what the engine contains, and where the bundle is."""
     spec = result.bundle.manifest["spec"]
     print_ledger(result.ledger.to_json(), f"{spec['name']} {spec['precision']}")
+    total = sum(result.seconds.values())
+    if result.engine.get("status") == "deferred":
+        targets = ", ".join(result.engine["targets"])
+        print(f"{spec['out']}: no engine yet for {targets}; {total:.1f} s")
+        return
     for targets, figures in _same_figures(result.engine["per_target"]):
         counts = figures["convolutions"]
         print(
@@ -72,11 +94,20 @@ def print_result(result: ExportResult) -> None:
         )
     for warning in result.engine["warnings"]:
         print(f"warning: {warning}")
-    total = sum(result.seconds.values())
     print(
         f"{spec['out']}: engine of {result.engine['plan_bytes'] / 1e6:.1f} MB for "
         f"{', '.join(result.engine['targets'])}; {total:.1f} s"
     )
+
+
+def print_plan(plan: Plan) -> None:
+    """What would be done, where the engines are built, and what to expect."""
+    from exporter.plan_view import plan_lines, plan_tables
+
+    for table in plan_tables(plan):
+        print_table(table)
+    for line in plan_lines(plan):
+        print(line)
 
 
 def _same_figures(per_target: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

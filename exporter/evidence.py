@@ -12,11 +12,11 @@ from calibration.table import CalibrationTable
 from exporter import bundle as files
 from exporter.bundle import BundleWriter
 from exporter.contract import ContractVerdict
-from exporter.engine import BuiltEngine
 from exporter.fused_blocks import Fused
 from exporter.inputs import Inputs
 from exporter.judge import Judge
 from exporter.network import Interface, multiply_accumulates
+from exporter.plan_engine import EngineOutcome
 from exporter.provenance import created, versions
 from exporter.spec import ExportSpec
 
@@ -29,12 +29,13 @@ def write_evidence(
     writer: BundleWriter,
     inputs: Inputs,
     judge: Judge,
-    engine: BuiltEngine,
+    engine: EngineOutcome,
     table: CalibrationTable | None,
 ) -> None:
-    writer.path(files.ENGINE).write_bytes(engine.plan)
-    writer.write_text(files.ENGINE_SUMMARY, files.dumps(engine.summary.to_json()))
-    writer.write_text(files.BUILD_LOG, engine.build_log)
+    writer.write_text(files.ENGINE_SUMMARY, files.dumps(engine.to_json()))
+    if engine.built is not None:
+        writer.path(files.ENGINE).write_bytes(engine.built.plan)
+        writer.write_text(files.BUILD_LOG, engine.built.build_log)
     if table is not None:
         writer.write_text(files.CALIBRATION, table.dumps())
         writer.write_text(files.CALIBRATION_CACHE, table.to_cache_text(TENSORRT_CACHE_VERSION))
@@ -50,7 +51,7 @@ def write_evidence(
 def manifest(
     spec: ExportSpec,
     inputs: Inputs,
-    engine: BuiltEngine,
+    engine: EngineOutcome,
     *,
     fused: Fused,
     verdict: ContractVerdict,
@@ -79,7 +80,7 @@ def manifest(
             "worst_block": worst.name if worst else None,
             "worst_relative": worst.relative if worst else None,
         },
-        "targets": list(engine.summary.targets),
+        "targets": list(engine.targets),
         "versions": versions(),
         "spec": spec.to_json(),
         "notes": list(notes),

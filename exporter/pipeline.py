@@ -20,14 +20,13 @@ from exporter import bundle as files
 from exporter import contract, report
 from exporter.bundle import Bundle, BundleWriter
 from exporter.contract import ContractVerdict
+from exporter.devices import resolve_targets
 from exporter.engine import (
     Backend,
     BuildRequest,
     BuiltEngine,
     check_engine,
     engine_not_run_reason,
-    get_backend,
-    parse_targets,
 )
 from exporter.evidence import manifest, write_evidence
 from exporter.fused_blocks import Fused, expected_blocks, fuse
@@ -38,6 +37,8 @@ from exporter.ledger import Ledger
 from exporter.network import torch_runner
 from exporter.onnx_export import export_network, export_onnx
 from exporter.onnx_runner import OnnxRunner
+from exporter.plan_commands import EngineBuild, GraphInput
+from exporter.plan_engine import EngineOutcome, choose_backend, decide_engine, defer
 from exporter.precision_stage import apply_precision
 from exporter.simplify import simplify
 from exporter.spec import ExportSpec, Precision
@@ -99,8 +100,11 @@ def run(
         EnvironmentLackError: this machine lacks something.
     """
     clock = _Clock(progress)
-    backend = get_backend(spec.backend)
-    targets = parse_targets(spec.target, backend, spec.precision)
+    asked = resolve_targets(spec.target)
+    backend = choose_backend(spec.backend, asked, options=spec.build)
+    decision = decide_engine(
+        asked, backend, spec.precision, allow_emulated=spec.build.allow_emulated
+    )
     with BundleWriter(spec.out) as writer:
         with clock.stage("load"):
             inputs = inputs or prepare(spec)
@@ -117,17 +121,26 @@ def run(
         request = BuildRequest(
             onnx_path=graph_path,
             precision=spec.precision,
-            targets=targets,
+            targets=decision.build_here,
             batch=spec.batch,
             size=spec.dynamic_size,
             workspace_mib=spec.workspace_mib,
+            float_path=writer.path(files.MODEL),
+            options=spec.build,
         )
-        with clock.stage("engine") as advance:
-            kept = {*spec.keep_float, *precise.kept_half, *precise.kept_float}
-            engine = _build(backend, request, model, advance, kept=kept)
-        judge.skip("engine", engine_not_run_reason())
+        built = None
+        if backend is not None and decision.build_here:
+            with clock.stage("engine") as advance:
+                kept = {*spec.keep_float, *precise.kept_half, *precise.kept_float}
+                built = _build(backend, request, model, advance, kept=kept)
+        deferred = defer(decision, _engine_build(spec, inputs))
+        engine = EngineOutcome(built=built, deferred=deferred)
+        judge.skip(
+            "engine", deferred.not_run_reason if deferred and not built else engine_not_run_reason()
+        )
         with clock.stage("publish"):
             notes = inputs.source.notes + inputs.notes + fused.notes + precise.notes + judge.notes
+            notes += engine.notes
             write_evidence(writer, inputs, judge, engine, precise.table)
             document = manifest(
                 spec,
@@ -138,12 +151,12 @@ def run(
                 recipe=precise.table.method if precise.table else None,
                 notes=notes,
             )
-            report.write(writer, document, judge.ledger, engine.summary.to_json(), clock.seconds)
+            report.write(writer, document, judge.ledger, engine.to_json(), clock.seconds)
             published = writer.publish(document)
     return ExportResult(
         bundle=published,
         ledger=judge.ledger,
-        engine=engine.summary.to_json(),
+        engine=engine.to_json(),
         notes=notes,
         seconds=clock.seconds,
     )
@@ -191,6 +204,19 @@ def _is_plain(spec: ExportSpec) -> bool:
     return spec.variant is not None and spec.variant.squeeze is Squeeze.NONE
 
 
+def _engine_build(spec: ExportSpec, inputs: Inputs) -> EngineBuild:
+    """What whoever builds the engine elsewhere must be told."""
+    ports = inputs.interface.inputs
+    return EngineBuild(
+        precision=str(spec.precision),
+        inputs=tuple(GraphInput(name=port.name, shape=port.shape) for port in ports),
+        batch=spec.batch,
+        size=spec.dynamic_size,
+        workspace_mib=spec.workspace_mib,
+        dla_core=spec.build.dla.core if spec.build.dla else None,
+    )
+
+
 def _build(
     backend: Backend,
     request: BuildRequest,
@@ -212,5 +238,6 @@ def _build(
         convolutions,
         computed_weights=convolutions - quantized,
         pointwise=pointwise_convolutions(model),
+        allow_emulated=request.options.allow_emulated,
     )
     return engine

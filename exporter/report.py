@@ -108,6 +108,10 @@ def _command(spec: Mapping[str, Any]) -> str:
     for key, option in options.items():
         if spec[key] is not None:
             words += [option, f"'{spec[key]}'" if " " in str(spec[key]) else str(spec[key])]
+    for key, value in spec.get("build", {}).items():
+        option = f"--{key.replace('_', '-')}"
+        words += ["--no-gpu-fallback"] if key == "gpu_fallback" else [option]
+        words += [] if isinstance(value, bool) else [str(value)]
     if spec["image_size"] is not None:
         words += ["--image-size", "x".join(map(str, spec["image_size"]))]
     if spec["keep_float"]:

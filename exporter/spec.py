@@ -14,6 +14,13 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
+from exporter.build_options import (
+    DEFAULT_OPTIONS,
+    BuildOptions,
+    Dla,
+    HardwareCompatibility,
+    Typing,
+)
 from exporter.errors import InputError
 from exporter.profiles import BatchProfile, SizeProfile, parse_image_size
 from models.registry import bundled_weights, public_repository
@@ -96,6 +103,7 @@ class ExportSpec:
     per_tensor_weights: bool = False
     power_of_two: bool = False
     calibration_table: Path | None = None
+    build: BuildOptions = DEFAULT_OPTIONS
     workspace_mib: int | None = None
 
     @property
@@ -110,6 +118,7 @@ class ExportSpec:
             value = getattr(self, item.name)
             values[item.name] = list(value) if isinstance(value, tuple) else value
         values["name"] = self.title
+        values["build"] = self.build.to_json()
         values["variant"] = self.variant.name if self.variant else None
         for key in ("precision", "batch"):
             values[key] = str(values[key])
@@ -152,6 +161,15 @@ class ExportRequest:
     per_tensor_weights: bool = False
     power_of_two: bool = False
     calibration_table: str | None = None
+    typing: str = "auto"
+    dla: int | None = None
+    gpu_fallback: bool = True
+    calibration_cache: str | None = None
+    timing_cache: str | None = None
+    optimization_level: int | None = None
+    hardware_compatibility: str = "none"
+    version_compatible: bool = False
+    allow_emulated: bool = False
     workspace_mib: int | None = None
 
 
@@ -176,6 +194,7 @@ def validate(request: ExportRequest, network: Variant | str | None = None) -> Ex
     precision = parsed(lambda: choice(Precision, "precision", request.precision))
     wanted = request.recipe
     recipe = parsed(lambda: choice(Recipe, "recipe", wanted)) if wanted is not None else None
+    build = parsed(lambda: _build_options(request))
     batch = parsed(lambda: BatchProfile.parse(request.batch or str(DEFAULT_BATCH)))
     size = request.image_size
     image_size = parsed(lambda: parse_image_size(size)) if size is not None else None
@@ -192,7 +211,7 @@ def validate(request: ExportRequest, network: Variant | str | None = None) -> Ex
     complaints += _number_complaints(request)
     if precision is not None and precision is not Precision.INT8:
         complaints += _int8_complaints(request, precision)
-    if complaints or precision is None or batch is None:
+    if complaints or precision is None or batch is None or build is None:
         raise InputError("; ".join(complaints))
     return ExportSpec(
         variant=variant,
@@ -219,7 +238,25 @@ def validate(request: ExportRequest, network: Variant | str | None = None) -> Ex
         per_tensor_weights=request.per_tensor_weights,
         power_of_two=request.power_of_two,
         calibration_table=Path(request.calibration_table) if request.calibration_table else None,
+        build=build,
         workspace_mib=request.workspace_mib,
+    )
+
+
+def _build_options(request: ExportRequest) -> BuildOptions:
+    dla = None
+    if request.dla is not None:
+        dla = Dla(core=request.dla, gpu_fallback=request.gpu_fallback)
+    wanted = request.hardware_compatibility
+    return BuildOptions(
+        typing=choice(Typing, "typing", request.typing),
+        dla=dla,
+        calibration_cache=Path(request.calibration_cache) if request.calibration_cache else None,
+        timing_cache=Path(request.timing_cache) if request.timing_cache else None,
+        optimization_level=request.optimization_level,
+        hardware_compatibility=choice(HardwareCompatibility, "hardware compatibility", wanted),
+        version_compatible=request.version_compatible,
+        allow_emulated=request.allow_emulated,
     )
 
 

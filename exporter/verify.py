@@ -1,57 +1,120 @@
-"""Does a published bundle still compute what it recorded? Needs numpy and onnxruntime, no torch.
+"""Does a published bundle still compute what it recorded? Needs numpy and a runtime, no torch.
 
-Hashes first; then ``model.onnx`` and the precision graph run on the reference inputs and are held
-against the original network's recorded outputs with the gates the bundle was published under.
+Hashes first; then ``model.onnx`` and the precision graph run in ONNX Runtime, and the engine on the
+GPU, each where this machine can, on the reference inputs. All are held against the original
+network's recorded outputs with the gates the bundle was published under. The engine has the gate of
+the graph it was built from.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from exporter import parity
 from exporter.bundle import MODEL, Bundle
-from exporter.engine import engine_not_run_reason
-from exporter.errors import GateFailedError
+from exporter.device import (
+    RunBackend,
+    is_classifier,
+    open_runner,
+    output_names,
+    require_intact,
+)
+from exporter.errors import EnvironmentLackError, GateFailedError
 from exporter.ledger import Ledger
-from exporter.onnx_runner import OnnxRunner
+from exporter.onnx_runner import Batch, OnnxRunner, Outputs
 from exporter.parity import ORIGINAL, Gate, StageResult
+
+_ENGINE = "engine"
+_SIMPLIFIED = "simplified"
 
 
 def verify(bundle: Bundle) -> Ledger:
-    """Return the ledger of what can be checked on this machine.
+    """Return the ledger of what can be checked on this machine; the rest is ``not_run``.
 
     Raises:
         GateFailedError: if a file is missing or altered.
+        EnvironmentLackError: if nothing beyond the hashes can be checked here.
     """
-    damaged = bundle.damaged_files()
-    if damaged:
-        raise GateFailedError(
-            f"bundle {bundle.path}: {', '.join(damaged)} missing or not what the manifest says"
-        )
-    inputs, outputs = bundle.reference()
-    batch = inputs if isinstance(inputs, tuple) else (inputs,)
-    reference = outputs if isinstance(outputs, dict) else {"": outputs}
-    ledger = Ledger(stages=(), images="the bundle's reference inputs", image_count=len(batch[0]))
-    gates = {row["stage"]: Gate(**row["tolerance"]) for row in bundle.parity["stages"]}
-    # Bundles of older versions are all classifiers and do not say so.
-    classifier = bundle.manifest["model"].get("num_classes") is not None
-
-    def judged(stage: str, found: Any) -> StageResult:
-        named = found if isinstance(found, dict) else {"": found}
-        return parity.judge_outputs(
-            stage, reference, named, gate=gates[stage], classifier=classifier
-        )
-
-    references = {row["stage"]: row["reference"] for row in bundle.parity["stages"]}
-    if references.get("simplified", ORIGINAL) == ORIGINAL:
-        found = OnnxRunner(bundle.path / MODEL).run(batch)
-        ledger = ledger.with_stage(
-            judged("simplified", found if len(found) > 1 else next(iter(found.values())))
-        )
-    else:
-        reason = f"its reference, the {references['simplified']}, is not in the bundle"
-        ledger = ledger.with_stage(parity.not_run("simplified", reason))
+    require_intact(bundle)
+    judge = _Judge.of(bundle)
     precision = bundle.manifest["spec"]["precision"]
+    rows = [_simplified(bundle, judge)]
     if precision != "fp32":
-        ledger = ledger.with_stage(judged(precision, bundle.run(inputs)))
-    return ledger.with_stage(parity.not_run("engine", engine_not_run_reason()))
+        rows.append(judge.row(precision, lambda batch: _on(bundle, RunBackend.ONNXRUNTIME, batch)))
+    rows.append(judge.row(_ENGINE, lambda batch: _on(bundle, RunBackend.ENGINE, batch)))
+    if all(row.status == "not_run" for row in rows):
+        reasons = "; ".join(dict.fromkeys(str(row.reason) for row in rows))
+        raise EnvironmentLackError(
+            f"bundle {bundle.path}: its files are intact, but nothing can be run here: {reasons}"
+        )
+    return Ledger(
+        stages=tuple(rows),
+        images="the bundle's reference inputs",
+        image_count=len(judge.batch[0]),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Judge:
+    """The recorded inputs and outputs, and what each stage must satisfy."""
+
+    batch: Batch
+    reference: Outputs
+    gates: Mapping[str, Gate]
+    references: Mapping[str, str]
+    skipped: Mapping[str, str]
+    classifier: bool
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> _Judge:
+        inputs, outputs = bundle.reference()
+        (name, *_) = output_names(bundle)
+        recorded = bundle.parity["stages"]
+        gates = {row["stage"]: Gate(**row["tolerance"]) for row in recorded}
+        precision = bundle.manifest["spec"]["precision"]
+        # The export does not run the engine, so its row has no tolerance of its own.
+        gates[_ENGINE] = gates[precision if precision in gates else _SIMPLIFIED]
+        return cls(
+            batch=inputs if isinstance(inputs, tuple) else (inputs,),
+            reference=outputs if isinstance(outputs, dict) else {name: outputs},
+            gates=gates,
+            references={row["stage"]: row["reference"] for row in recorded},
+            # No CPU can run some precisions: what the export could not judge, nobody here can.
+            skipped={
+                row["stage"]: str(row["reason"])
+                for row in recorded
+                if row["status"] == "not_run" and row["stage"] != _ENGINE
+            },
+            classifier=is_classifier(bundle),
+        )
+
+    def row(self, stage: str, run: Callable[[Batch], Outputs]) -> StageResult:
+        """Run a stage and judge it; what this machine lacks makes it ``not_run``."""
+        if stage in self.skipped:
+            return parity.not_run(stage, self.skipped[stage])
+        try:
+            found = run(self.batch)
+        except EnvironmentLackError as error:
+            return parity.not_run(stage, str(error))
+        except GateFailedError as error:
+            return StageResult(
+                stage=stage, status="fail", reason=str(error), gate=self.gates[stage]
+            )
+        return parity.judge_outputs(
+            stage, self.reference, found, gate=self.gates[stage], classifier=self.classifier
+        )
+
+
+def _simplified(bundle: Bundle, judge: _Judge) -> StageResult:
+    reference: Any = judge.references.get(_SIMPLIFIED, ORIGINAL)
+    if reference != ORIGINAL:
+        reason = f"its reference, the {reference}, is not in the bundle"
+        return parity.not_run(_SIMPLIFIED, reason)
+    return judge.row(_SIMPLIFIED, lambda batch: OnnxRunner(bundle.path / MODEL).run(batch))
+
+
+def _on(bundle: Bundle, backend: RunBackend, batch: Batch) -> Outputs:
+    with open_runner(bundle, backend) as runner:
+        return runner.run(batch)

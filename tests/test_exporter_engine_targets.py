@@ -176,6 +176,7 @@ def test_engine_json_leads_with_the_worst_target():
     assert {
         "backend", "version", "targets", "convolutions", "epilogue_fused", "other_kernels",
         "warnings", "per_target", "plan_bytes", "activation_memory_bytes", "weights_memory_bytes",
+        "dla_layers",
     } == set(content)  # fmt: skip
 
 
@@ -214,7 +215,11 @@ class Driver:
 
 @pytest.mark.parametrize(
     ("code", "words"),
-    [(100, "finds no GPU"), (999, "cuInit error 999"), (0, "run it on the device")],
+    [
+        (100, "finds no GPU"),
+        (999, "cuInit error 999"),
+        (0, "an export runs no engine: run `repvgg-export verify` on the bundle"),
+    ],
 )
 def test_the_reason_for_not_running_is_the_drivers_answer(
     monkeypatch: pytest.MonkeyPatch, code: int, words: str

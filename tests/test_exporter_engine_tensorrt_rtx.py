@@ -67,7 +67,10 @@ class Graph:
             [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [batch, CLASSES])],
             list(self.constants.values()),
         )
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+        # Half scales came with opset 19.
+        opset = 17 if self.dtype is np.float32 else 19
+        opsets = [helper.make_opsetid("", opset)]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
         onnx.checker.check_model(model)
         return model
 
@@ -79,11 +82,11 @@ def quantized(graph: Graph, layer: ConvLayer, x: str, weight: np.ndarray, shape:
     whole = np.round(weight / step[:, None, None, None]).astype(np.int8)
     weights = [
         graph.constant(f"{name}.q_weight", whole),
-        graph.constant(f"{name}.weight_scale", step.astype(np.float32)),
+        graph.constant(f"{name}.weight_scale", step.astype(graph.dtype)),
         graph.constant(f"{name}.weight_zero", np.zeros(len(step), np.int8)),
     ]
     dequantized = graph.node("DequantizeLinear", weights, f"{name}.weight", axis=0)
-    scale = graph.constant(f"{name}.scale", np.full(shape, 4 / 127, np.float32))
+    scale = graph.constant(f"{name}.scale", np.full(shape, 4 / 127, graph.dtype))
     zero = graph.constant(f"{name}.zero", np.zeros(shape, np.int8))
     integer = graph.node("QuantizeLinear", [x, scale, zero], f"{name}.integer")
     return graph.node("DequantizeLinear", [integer, scale, zero], f"{name}.input"), dequantized
@@ -91,12 +94,18 @@ def quantized(graph: Graph, layer: ConvLayer, x: str, weight: np.ndarray, shape:
 
 @functools.cache
 def repvgg_a0(
-    precision: Precision, batch: str | int = OPEN_BATCH, scale_shape: tuple[int, ...] = ()
+    precision: Precision,
+    batch: str | int = OPEN_BATCH,
+    scale_shape: tuple[int, ...] = (),
+    half_scales: bool = False,
 ) -> onnx.ModelProto:
-    """A0 as the exporter makes it: plain chain, half tensors for fp16, Q/DQ for int8."""
+    """A0 as the exporter makes it: plain chain, half tensors for fp16, Q/DQ for int8.
+
+    With ``half_scales`` everything between the quantized convolutions is half, not float.
+    """
     random = np.random.default_rng(0)
     variant = find_variant("A0")
-    half = precision is Precision.FP16
+    half = precision is Precision.FP16 or half_scales
     graph = Graph(np.float16 if half else np.float32)
     x = graph.node("Cast", ["input"], "half", to=TensorProto.FLOAT16) if half else "input"
     for layer in variant.layers:
@@ -213,6 +222,29 @@ def test_a_scale_of_shape_1_costs_all_int8_and_the_gate_says_so(build):
     assert summary.convolutions == ConvolutionCounts(total=22, int8=0, half=0, float=22)
     with pytest.raises(GateFailedError, match=r"on sm80 only 0 of 22 .*scale of shape \[\]"):
         check_engine(summary, Precision.INT8, CONVOLUTIONS)
+
+
+def test_turing_emulates_int8_in_half_which_passes_only_where_allowed(build):
+    """On sm75 a Q/DQ graph with half scales builds, and not one convolution runs in INT8.
+
+    One layer table holds for a plan, so sm86 beside it loses its INT8 as well.
+    """
+    model = repvgg_a0(Precision.INT8, half_scales=True)
+
+    alone = build(model, Precision.INT8, ("sm86",)).summary
+    beside = build(model, Precision.INT8, ("sm75", "sm86")).summary
+
+    assert (22, 0) == (alone.convolutions.int8, alone.convolutions.half)
+    assert (0, 22) == (beside.convolutions.int8, beside.convolutions.half)
+    check_engine(beside, Precision.INT8, CONVOLUTIONS, allow_emulated=True)
+    with pytest.raises(GateFailedError, match=r"on sm75 only 0 of 22 convolutions run in INT8"):
+        check_engine(beside, Precision.INT8, CONVOLUTIONS)
+
+
+def test_turing_refuses_a_quantized_graph_with_float_around_it(build):
+    """Emulation needs half scales: the classifier's float Gemm does not compile for sm75."""
+    with pytest.raises(GateFailedError, match=r"SM75.*FP32 GEMM is not supported"):
+        build(repvgg_a0(Precision.INT8), Precision.INT8, ("sm75",))
 
 
 def test_int8_tells_that_its_epilogues_are_apart(build):

@@ -16,8 +16,9 @@ import pytest
 
 from exporter.engine import protocol
 from exporter.engine.backend import BuildRequest
+from exporter.engine.profile_shapes import profile_shapes
 from exporter.engine.protocol import Result, Status
-from exporter.engine.worker import _BadInputError, _profile_shapes
+from exporter.engine.refusal import BadInputError
 from exporter.engine.worker_process import run_worker
 from exporter.errors import EnvironmentLackError, GateFailedError, InputError
 from exporter.profiles import BatchProfile, SizeProfile
@@ -211,12 +212,12 @@ def test_a_request_reads_back_as_written(tmp_path: Path):
 
 def test_an_orphaned_worker_stops_by_itself():
     """The worker notices that nobody reads its progress and cancels instead of building on."""
-    from exporter.engine.worker import _ProgressPrinter
+    from exporter.engine.worker import ProgressPrinter
 
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "w") as stream:
-        printer = _ProgressPrinter(stream)
+        printer = ProgressPrinter(stream)
         printer.say("phase", 0.1)
         assert printer.abandoned
         # What could not be written stays in the buffer; closing must not try again.
@@ -265,18 +266,18 @@ REQUEST_SIZED = replace(
 
 def test_open_extents_come_from_the_profiles():
     """Batch, height and width are filled in; what is fixed stays; a vector has a batch only."""
-    image = _profile_shapes("image", (-1, 3, -1, -1), REQUEST_SIZED)
+    image = profile_shapes("image", (-1, 3, -1, -1), REQUEST_SIZED)
     assert image == [[1, 3, 8, 8], [2, 3, 16, 8], [4, 3, 24, 8]]
-    assert _profile_shapes("v", (-1, 5), REQUEST_SIZED) == [[1, 5], [2, 5], [4, 5]]
-    assert _profile_shapes("image", (-1, 3, 7, 9), REQUEST_SIZED)[0] == [1, 3, 7, 9]
+    assert profile_shapes("v", (-1, 5), REQUEST_SIZED) == [[1, 5], [2, 5], [4, 5]]
+    assert profile_shapes("image", (-1, 3, 7, 9), REQUEST_SIZED)[0] == [1, 3, 7, 9]
 
 
 def test_other_open_extents_are_refused():
     """Without a size profile height must be fixed; with one, channels must."""
-    with pytest.raises(_BadInputError, match=r"only the batch may be open"):
-        _profile_shapes("image", (-1, 3, -1, 8), replace(REQUEST_SIZED, size=None))
-    with pytest.raises(_BadInputError, match=r"only batch, height and width may be open"):
-        _profile_shapes("image", (-1, -1, -1, 8), REQUEST_SIZED)
+    with pytest.raises(BadInputError, match=r"only the batch may be open"):
+        profile_shapes("image", (-1, 3, -1, 8), replace(REQUEST_SIZED, size=None))
+    with pytest.raises(BadInputError, match=r"only batch, height and width may be open"):
+        profile_shapes("image", (-1, -1, -1, 8), REQUEST_SIZED)
 
 
 def test_a_size_profile_travels_to_the_worker():

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from exporter.build_options import BuildOptions, Dla, HardwareCompatibility, Typing
 from exporter.errors import InputError
 from exporter.profiles import BatchProfile, SizeProfile, parse_image_size
 from exporter.spec import (
@@ -182,8 +183,9 @@ def test_request_and_spec_have_the_same_defaults() -> None:
     direct = ExportSpec(variant=spec.variant, precision=spec.precision, out=spec.out)
     for item in fields(ExportSpec):
         assert getattr(direct, item.name) == getattr(spec, item.name), item.name
-    names = {item.name for item in fields(ExportSpec)} - {"name"}
-    assert {item.name for item in fields(ExportRequest)} == names - {"variant"} | {"model"}
+    names = {item.name for item in fields(ExportSpec)} - {"name", "build", "variant"} | {"model"}
+    names |= {item.name for item in fields(BuildOptions)} | {"gpu_fallback"}
+    assert {item.name for item in fields(ExportRequest)} == names
 
 
 def test_everything_that_is_typed_arrives(tmp_path: Path) -> None:
@@ -199,6 +201,9 @@ def test_everything_that_is_typed_arrives(tmp_path: Path) -> None:
             dynamic_size="32:64:96x64:96:128", out="here", skip_bad_images=True, min_sqnr_db=33.5,
             min_agreement=0.5, max_drop=0.2, per_tensor_weights=True, power_of_two=True,
             calibration_table="t.json", workspace_mib=256,
+            typing="weak", dla=1, gpu_fallback=False, calibration_cache="c", timing_cache="t",
+            optimization_level=5, hardware_compatibility="ampere+", version_compatible=True,
+            allow_emulated=True,
         )
     )  # fmt: skip
     expected = ExportSpec(
@@ -210,6 +215,11 @@ def test_everything_that_is_typed_arrives(tmp_path: Path) -> None:
         dynamic_size=SizeProfile((32, 64, 96), (64, 96, 128)),
         skip_bad_images=True, min_sqnr_db=33.5, min_agreement=0.5, max_drop=0.2,
         per_tensor_weights=True, power_of_two=True, calibration_table=Path("t.json"),
+        build=BuildOptions(
+            typing=Typing.WEAK, dla=Dla(core=1, gpu_fallback=False), calibration_cache=Path("c"),
+            timing_cache=Path("t"), optimization_level=5, version_compatible=True,
+            hardware_compatibility=HardwareCompatibility.AMPERE_PLUS, allow_emulated=True,
+        ),
         workspace_mib=256,
     )  # fmt: skip
     assert expected == spec
@@ -220,6 +230,24 @@ def test_what_only_int8_can_obey_is_refused_at_other_precisions() -> None:
     found = complaint(precision="fp16", recipe="full", per_tensor_weights=True)
     assert "--recipe, --per-tensor-weights belong to int8, not to fp16" == found
     assert "--power-of-two belongs to int8" in complaint(precision="fp32", power_of_two=True)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        (
+            "typing",
+            "storng",
+            "unknown typing 'storng' (nearest: strong; known: auto, strong, weak)",
+        ),
+        ("dla", -1, "DLA core must be 0 or more, not -1"),
+        ("optimization_level", 6, "optimization level must be 0 to 5, not 6"),
+        ("hardware_compatibility", "turing", "unknown hardware compatibility 'turing'"),
+    ],
+)
+def test_wrong_build_options_are_refused(field: str, value: Any, sentence: str) -> None:
+    """One sentence with what is known."""
+    assert sentence in complaint(**{field: value})
 
 
 @pytest.mark.parametrize("drop", [-0.1, 100.5, float("nan")])

@@ -28,7 +28,7 @@ def test_import_exporter_loads_no_heavy_library():
     assert set() == loaded_after("import exporter")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["engine", "--help"], ["verify", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["engine", "--help"], ["evaluate", "--help"]])
 def test_help_loads_no_heavy_library(arguments):
     """--help of the command and of each subcommand is free of them too."""
     program = (
@@ -51,7 +51,19 @@ def test_help_answers_within_half_a_second():
 
 
 @pytest.mark.parametrize(
-    "module", ["bundle", "engine", "parity", "verify", "onnx_runner", "spec", "errors"]
+    "module",
+    [
+        "bundle",
+        "engine",
+        "parity",
+        "verify",
+        "device",
+        "evaluation",
+        "latency",
+        "onnx_runner",
+        "spec",
+        "errors",
+    ],
 )
 def test_the_device_half_imports_without_torch_and_onnx(module):
     """Each module of the device half loads with both made unimportable."""

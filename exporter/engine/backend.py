@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from exporter.build_options import DEFAULT_OPTIONS, BuildOptions
 from exporter.engine.summary import EngineSummary
 from exporter.profiles import BatchProfile, SizeProfile
 from exporter.spec import Precision
@@ -24,6 +25,10 @@ class BuildRequest:
     as ``sm86``, as `parse_targets` returns them. ``size`` bounds the open height and width of image
     inputs; without it only the batch may be open. ``workspace_mib`` limits the scratch memory of a
     layer on the device, None leaves the builder's own limit.
+
+    ``float_path`` is the float graph of the same network: builders that choose data types by
+    themselves read it in place of the half graph, and implicit INT8 needs it. ``options`` are for
+    the backends that can obey them; none drops one in silence.
     """
 
     onnx_path: Path
@@ -32,6 +37,8 @@ class BuildRequest:
     batch: BatchProfile
     size: SizeProfile | None = None
     workspace_mib: int | None = None
+    float_path: Path | None = None
+    options: BuildOptions = DEFAULT_OPTIONS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

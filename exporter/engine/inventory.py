@@ -4,10 +4,12 @@
 what all targets of the plan can do, and then generates code for each: a plan for sm75 and sm86
 together has the table of sm75, and the kernels that sm86 alone would get are not in it.
 
-Pure functions of the values that `build_log` reads.
+Pure functions of the values that `build_log` and `inspector` read.
 """
 
 from __future__ import annotations
+
+import re
 
 from exporter.engine.build_log import Layer, OnnxNode
 from exporter.engine.summary import ConvolutionCounts, TargetFigures
@@ -15,8 +17,12 @@ from exporter.engine.summary import ConvolutionCounts, TargetFigures
 _CONVOLUTION_KERNELS = frozenset({"correlation", "runtime_fusion"})
 """Layer types that run a convolution; grouped ones are a ``runtime_fusion``."""
 
-_NOT_KERNELS = frozenset({"signal", "wait", "shape_call"})
-"""Layer types that synchronize streams or compute shapes on the host."""
+_FUSION = "fusion"
+_MULTIPLYING = re.compile(r"xmma|fprop|conv|gemm", re.IGNORECASE)
+"""A fusion of full TensorRT is elementwise unless its kernel multiplies."""
+
+_NOT_KERNELS = frozenset({"signal", "wait", "shape_call", "NoOp", "Constant", "DLA"})
+"""Layer types that synchronize streams, compute shapes on the host, or run on no GPU at all."""
 
 
 def convolution_layers(layers: tuple[Layer, ...], nodes: tuple[OnnxNode, ...]) -> tuple[Layer, ...]:
@@ -26,23 +32,30 @@ def convolution_layers(layers: tuple[Layer, ...], nodes: tuple[OnnxNode, ...]) -
     classifier may be a ``runtime_fusion`` too, and a cast before a convolution carries its name.
     """
     names = {node.name for node in nodes if node.op == "Conv"}
-    return tuple(
-        layer for layer in layers if layer.type in _CONVOLUTION_KERNELS and layer.onnx_names & names
-    )
+    return tuple(layer for layer in layers if _multiplies(layer) and layer.onnx_names & names)
+
+
+def _multiplies(layer: Layer) -> bool:
+    """Whether the layer's type runs convolutions, in TensorRT-RTX or in full TensorRT."""
+    if layer.type == _FUSION:
+        return _MULTIPLYING.search(layer.tactic) is not None
+    return layer.type in _CONVOLUTION_KERNELS or layer.type.endswith("Convolution")
 
 
 def _datatype(layer: Layer) -> str:
     """The type a convolution multiplies in, ``mixed`` if activation and weights differ.
 
     The activation is the first input. The weights are the largest other operand: an input where
-    they are computed at run time, else a constant, in an order that depends on the layer type.
+    they are computed at run time, else a constant, in an order that depends on the layer type. An
+    activation whose type is not told is taken to be of the weights' type: kernels of full TensorRT
+    multiply equal types only.
     """
     rest = (*layer.inputs[1:], *layer.constants)
     if not layer.inputs or not rest:
         return "mixed"
     activation = layer.inputs[0].datatype
     weights = max(rest, key=lambda tensor: tensor.elements).datatype
-    return activation if activation == weights else "mixed"
+    return weights if weights and activation in (weights, "") else "mixed"
 
 
 def _is_fused(convolution: Layer, layers: tuple[Layer, ...], nodes: tuple[OnnxNode, ...]) -> bool:
@@ -61,7 +74,7 @@ def _is_fused(convolution: Layer, layers: tuple[Layer, ...], nodes: tuple[OnnxNo
     readers = (
         layer
         for layer in layers
-        if layer.type not in _CONVOLUTION_KERNELS and outputs & {t.name for t in layer.inputs}
+        if not _multiplies(layer) and outputs & {t.name for t in layer.inputs}
     )
     return not any(leftover & reader.onnx_names for reader in readers)
 
@@ -87,7 +100,7 @@ def figures(layers: tuple[Layer, ...], nodes: tuple[OnnxNode, ...]) -> TargetFig
 def findings(layers: tuple[Layer, ...], nodes: tuple[OnnxNode, ...]) -> tuple[str, ...]:
     """Sentences for people about what the table shows beyond its counts."""
     if not layers:
-        return ("the build log holds no layer table: what the engine contains is unknown",)
+        return ("the builder gives no layer table: what the engine contains is unknown",)
     found = []
     counted = figures(layers, nodes)
     counts = counted.convolutions

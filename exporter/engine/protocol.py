@@ -1,8 +1,9 @@
 """What the process that builds and the process that waits say to each other.
 
 The parent makes a private folder and writes `REQUEST` there. The child prints progress as one JSON
-object a line, ``{"phase": str, "fraction": float}``, and leaves `LOG`, `PLAN` and, last, `RESULT`
-in the folder. A child that leaves no `RESULT` did not finish, whatever its exit code.
+object a line, ``{"phase": str, "fraction": float}``, and leaves `LOG`, `PLAN`, where the library
+inspects its plans `LAYERS`, and, last, `RESULT` in the folder. A child that leaves no `RESULT` did
+not finish, whatever its exit code.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
+from exporter.build_options import BuildOptions, Dla, HardwareCompatibility, Typing
 from exporter.engine.backend import BuildRequest
 from exporter.profiles import BatchProfile, SizeProfile
 from exporter.spec import Precision
@@ -21,6 +24,7 @@ REQUEST = "request.json"
 RESULT = "result.json"
 PLAN = "plan"
 LOG = "build.log"
+LAYERS = "layers.json"
 
 
 class Status(str, Enum):
@@ -34,11 +38,15 @@ class Status(str, Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """The child's last word; ``errors`` is empty exactly if the plan was built."""
+    """The child's last word; ``errors`` is empty exactly if the plan was built.
+
+    ``notes`` are for people: what the builder was told and what it will not do.
+    """
 
     status: Status
     version: str = ""
     errors: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def write(self, folder: Path) -> None:
         """Leave the result in ``folder``."""
@@ -46,6 +54,7 @@ class Result:
             "status": self.status.value,
             "version": self.version,
             "errors": list(self.errors),
+            "notes": list(self.notes),
         }
         (folder / RESULT).write_text(json.dumps(content), encoding="utf-8")
 
@@ -58,6 +67,7 @@ class Result:
                 status=Status(content["status"]),
                 version=str(content["version"]),
                 errors=tuple(str(error) for error in content["errors"]),
+                notes=tuple(str(note) for note in content.get("notes", ())),
             )
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -73,6 +83,26 @@ def request_to_json(request: BuildRequest) -> dict[str, object]:
         "batch": [batch.min, batch.opt, batch.max],
         "size": None if size is None else str(size),
         "workspace_mib": request.workspace_mib,
+        "float_path": _absolute(request.float_path),
+        "options": _options_to_json(request.options),
+    }
+
+
+def _absolute(path: Path | None) -> str | None:
+    return None if path is None else str(path.absolute())
+
+
+def _options_to_json(options: BuildOptions) -> dict[str, object]:
+    dla = options.dla
+    return {
+        "typing": options.typing.value,
+        "calibration_cache": _absolute(options.calibration_cache),
+        "dla": None if dla is None else {"core": dla.core, "gpu_fallback": dla.gpu_fallback},
+        "timing_cache": _absolute(options.timing_cache),
+        "optimization_level": options.optimization_level,
+        "hardware_compatibility": options.hardware_compatibility.value,
+        "version_compatible": options.version_compatible,
+        "allow_emulated": options.allow_emulated,
     }
 
 
@@ -90,6 +120,26 @@ def request_from_json(text: str) -> BuildRequest:
         batch=BatchProfile(*content["batch"]),
         size=None if content["size"] is None else SizeProfile.parse(content["size"]),
         workspace_mib=content["workspace_mib"],
+        float_path=_path(content["float_path"]),
+        options=_options_from_json(content["options"]),
+    )
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)
+
+
+def _options_from_json(content: Mapping[str, Any]) -> BuildOptions:
+    dla = content["dla"]
+    return BuildOptions(
+        typing=Typing(content["typing"]),
+        calibration_cache=_path(content["calibration_cache"]),
+        dla=None if dla is None else Dla(core=dla["core"], gpu_fallback=dla["gpu_fallback"]),
+        timing_cache=_path(content["timing_cache"]),
+        optimization_level=content["optimization_level"],
+        hardware_compatibility=HardwareCompatibility(content["hardware_compatibility"]),
+        version_compatible=content["version_compatible"],
+        allow_emulated=content["allow_emulated"],
     )
 
 

@@ -25,6 +25,7 @@ _DEVICE_ONLY = {
     "sm103": "Blackwell Ultra data-centre cards",
     "sm110": "Jetson Thor",
 }
+_DEVICE_BACKEND = "tensorrt"
 """Devices that TensorRT-RTX cannot build for ahead of time; full TensorRT builds on them."""
 
 _REASONS = {
@@ -33,15 +34,21 @@ _REASONS = {
         "sm75",
         Precision.INT8,
     ): "on Turing (sm75) the builder runs quantized convolutions in half and "
-    "dequantizes the weights at run time, so INT8 brings nothing there; use fp16",
+    "dequantizes the weights at run time, so INT8 brings nothing there; use fp16, or "
+    "--allow-emulated to build it all the same",
 }
+_EMULATED = frozenset({("sm75", Precision.INT8)})
+"""What a backend leaves out although it can be built."""
 
 
-def parse_targets(text: str | None, backend: Backend, precision: Precision) -> tuple[str, ...]:
+def parse_targets(
+    text: str | None, backend: Backend, precision: Precision, *, allow_emulated: bool = False
+) -> tuple[str, ...]:
     """Read ``sm86``, ``86``, ``8.6`` or a comma-separated list of them, spaces allowed.
 
     Returns canonical names (``sm86``), ascending, each once; for None all that ``backend`` supports
     at ``precision``. The result depends on neither order nor repetition: a plan does not either.
+    With ``allow_emulated`` a target that was named may compute quantized convolutions in half.
 
     Raises:
         InputError: naming the bad entry, the nearest target and the known ones, or the reason why
@@ -55,9 +62,21 @@ def parse_targets(text: str | None, backend: Backend, precision: Precision) -> t
         raise InputError(f"no target in {text!r}; choose from: {', '.join(supported)}")
     names = {_canonical(entry, supported) for entry in entries if entry}
     for name in sorted(names, key=_number):
-        if name not in supported:
-            raise InputError(_refusal(name, backend, precision))
+        if name in supported or (allow_emulated and _is_emulated(name, backend, precision)):
+            continue
+        raise InputError(_refusal(name, backend, precision))
     return tuple(sorted(names, key=_number))
+
+
+def target_names(text: str | None) -> tuple[str, ...]:
+    """Canonical names of the entries of a target list that are in a known form; others dropped."""
+    matches = (_FORM.fullmatch(entry.strip()) for entry in (text or "").split(","))
+    return tuple(f"sm{int(match[1].replace('.', ''))}" for match in matches if match)
+
+
+def _is_emulated(name: str, backend: Backend, precision: Precision) -> bool:
+    builds = any(name in backend.supported_targets(other) for other in Precision)
+    return builds and (name, precision) in _EMULATED
 
 
 def _number(name: str) -> int:
@@ -84,6 +103,11 @@ def _unknown(entry: str, name: str, supported: tuple[str, ...]) -> str:
 
 def _refusal(name: str, backend: Backend, precision: Precision) -> str:
     known = backend.supported_targets(precision)
+    if backend.name == _DEVICE_BACKEND:
+        return (
+            f"target {name} is not the GPU of this machine ({', '.join(known)}): full TensorRT "
+            "builds only for the GPU it runs on; build there"
+        )
     if any(name in backend.supported_targets(other) for other in Precision):
         reason = _REASONS.get((name, precision), f"{backend.name} does not build it")
         return f"target {name} cannot do {precision}: {reason} (known: {', '.join(known)})"

@@ -5,31 +5,39 @@ This module does not import the library; only the worker does.
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import re
 from collections.abc import Sequence
 from types import MappingProxyType
 
+from exporter.build_options import BuildOptions
 from exporter.engine import build_log, inventory
 from exporter.engine.backend import BuildRequest, BuiltEngine, ProgressCallback
+from exporter.engine.installation import installed_version, is_installed, require_buildable
 from exporter.engine.summary import EngineSummary
-from exporter.engine.worker_process import (
-    DEFAULT_TIMEOUT_S,
-    DEFAULT_WORKER,
-    WorkerOutput,
-    run_worker,
-)
+from exporter.engine.worker_process import DEFAULT_TIMEOUT_S, WORKER, WorkerOutput, run_worker
 from exporter.errors import EnvironmentLackError, InputError
 from exporter.spec import Precision
 
-_MODULE = "tensorrt_rtx"
+MODULE = "tensorrt_rtx"
 _OLDEST = (1, 5)
 """Older releases have the API and the builder of TensorRT 10."""
 
 _INSTALL = "pip install 'repvgg-exporter[rtx]'"
 _TURING = "sm75"
-_TARGETS = (_TURING, "sm80", "sm86", "sm89", "sm120", "sm121")
+TARGETS = (_TURING, "sm80", "sm86", "sm89", "sm120", "sm121")
+
+_REFUSED = MappingProxyType(
+    {
+        "typing weak": "it builds strongly typed networks only",
+        "calibration cache": "it takes INT8 from Q/DQ nodes only",
+        "dla": "it builds for no DLA",
+        "timing cache": "it ignores one",
+        "optimization level": "its plans are the same at every level",
+        "hardware compatibility": "it ignores one; name several targets instead",
+        "version compatible": "it fails to build such plans",
+    }
+)
+"""Options that the library ignores or fails on, measured with 1.7.1."""
 
 
 class TensorRtRtx:
@@ -47,12 +55,12 @@ class TensorRtRtx:
     def __init__(
         self,
         *,
-        worker_command: Sequence[str] = DEFAULT_WORKER,
+        worker_command: Sequence[str] = (*WORKER, MODULE),
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> None:
         self._worker_command = tuple(worker_command)
         self._timeout_s = timeout_s
-        if importlib.util.find_spec(_MODULE) is None:
+        if not is_installed(MODULE):
             raise EnvironmentLackError(
                 f"TensorRT-RTX is not installed, so no engine can be built: {_INSTALL}"
             )
@@ -64,29 +72,25 @@ class TensorRtRtx:
 
     def version(self) -> str:
         """Version of the installed distribution, ``unknown`` if it was not installed as one."""
-        try:
-            return importlib.metadata.version(_MODULE)
-        except importlib.metadata.PackageNotFoundError:
-            return "unknown"
+        return installed_version(MODULE)
 
     def supported_targets(self, precision: Precision) -> tuple[str, ...]:
         """Turing (sm75) only for fp16: `parse_targets` tells why."""
         if precision is Precision.FP16:
-            return _TARGETS
-        return tuple(target for target in _TARGETS if target != _TURING)
+            return TARGETS
+        return tuple(target for target in TARGETS if target != _TURING)
 
     def build(self, request: BuildRequest, progress: ProgressCallback) -> BuiltEngine:
         """Build one plan that holds code for all targets of the request.
 
         Raises:
-            InputError: no target, no ONNX file, or a batch that the model does not have.
+            InputError: no target, no ONNX file, a batch that the model does not have, or an option
+                that only full TensorRT obeys.
             GateFailedError: the builder refuses the network; its own words are in the message.
             EnvironmentLackError: the builder crashed, ran out of time, or does not load.
         """
-        if not request.targets:
-            raise InputError("an engine needs at least one target, such as sm86")
-        if not request.onnx_path.is_file():
-            raise InputError(f"no ONNX file to build an engine from: {request.onnx_path}")
+        _refuse_options(request.options)
+        require_buildable(request)
         output = run_worker(
             request, progress, command=self._worker_command, timeout_s=self._timeout_s
         )
@@ -108,5 +112,16 @@ class TensorRtRtx:
             plan_bytes=len(output.plan),
             activation_memory_bytes=memory.get("Activation"),
             weights_memory_bytes=memory.get("Weights"),
-            warnings=inventory.findings(layers, nodes) + build_log.messages(records, "WARNING"),
+            warnings=inventory.findings(layers, nodes)
+            + output.notes
+            + build_log.messages(records, "WARNING"),
+        )
+
+
+def _refuse_options(options: BuildOptions) -> None:
+    reasons = [f"{name}: {_REFUSED[name]}" for name in options.full_tensorrt_only]
+    if reasons:
+        raise InputError(
+            f"TensorRT-RTX cannot do this ({'; '.join(reasons)}): use the backend tensorrt on the "
+            "device, or leave it out"
         )

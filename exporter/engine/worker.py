@@ -1,8 +1,10 @@
-"""The process that builds one engine: ``python -m exporter.engine.worker FOLDER``.
+"""The process that builds one engine: ``python -m exporter.engine.worker LIBRARY FOLDER``.
 
 The builder is native code that may crash, hang or leak, and that takes one logger per process. So
 each build has a process of its own, which does nothing else. `protocol` says what it reads and
-leaves. It needs no GPU and no driver, because the targets are named explicitly.
+leaves. LIBRARY is ``tensorrt_rtx`` or ``tensorrt``; both are driven by the same code, which asks
+the module what it can do. TensorRT-RTX needs no GPU and no driver, because its targets are named
+explicitly; full TensorRT builds for the GPU it runs on.
 """
 
 from __future__ import annotations
@@ -11,30 +13,40 @@ import importlib
 import json
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any, TextIO
+from typing import TextIO
 
 from exporter.engine import build_log, protocol
+from exporter.engine.approach import choose_approach
 from exporter.engine.backend import BuildRequest
-from exporter.engine.progress import PhaseTracker
+from exporter.engine.builder_config import configure, write_timing_cache
+from exporter.engine.callbacks import make_logger, watch
+from exporter.engine.capabilities import Api, Capability, probe
+from exporter.engine.layer_inspection import inspect_plan
+from exporter.engine.legacy_int8 import cache_for, set_calibrator
+from exporter.engine.network_parser import create_network, parse
 from exporter.engine.protocol import Result, Status
+from exporter.engine.refusal import BadInputError, RefusedError
+from exporter.engine.tensorrt_names import IHostMemory, ILogger
 
-_MIB = 1 << 20
 _PARSED = 0.05
 _BUILT = 0.97
 _WORTH_A_LINE = 0.01
+_INSPECTED = "tensorrt"
+"""The library whose plans are read back for their verdict: it builds where they can be loaded."""
 
 
-class _BadInputError(Exception):
-    """The request does not fit the model or the library."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Built:
+    """A serialized plan, a buffer, and what people should know about it."""
+
+    plan: IHostMemory
+    layers: str | None
+    notes: tuple[str, ...]
 
 
-class _RefusedError(Exception):
-    """The parser or the builder refuses the network; ``args`` are its own words."""
-
-
-class _ProgressPrinter:
+class ProgressPrinter:
     """Progress as JSON lines; remembers when nobody listens any more."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -53,154 +65,72 @@ class _ProgressPrinter:
             self.abandoned = True
 
 
-def _make_logger(trt: Any, file: TextIO) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        """Writes every message at once, so that a crash leaves a log."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, msg: str) -> None:
-            file.write(build_log.format_record(severity.name, msg))
-            file.flush()
-
-    return Logger()
-
-
-def _make_monitor(trt: Any, printer: _ProgressPrinter) -> Any:
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        """Cancels the build when the waiting process has gone."""
-
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-            self._phases = PhaseTracker()
-
-        def phase_start(self, phase_name: str, _parent: str | None, num_steps: int) -> None:
-            self._phases.start(phase_name, num_steps)
-            self._say(phase_name)
-
-        def step_complete(self, phase_name: str, step: int) -> bool:
-            self._phases.step(phase_name, step)
-            self._say(phase_name)
-            return not printer.abandoned
-
-        def phase_finish(self, phase_name: str) -> None:
-            self._phases.finish(phase_name)
-
-        def _say(self, phase: str) -> None:
-            printer.say(phase, _PARSED + (_BUILT - _PARSED) * self._phases.fraction)
-
-    return Monitor()
-
-
-def _parse(trt: ModuleType, network: Any, logger: Any, path: Path) -> None:
-    parser = trt.OnnxParser(network, logger)
-    if parser.parse_from_file(str(path)):
-        return
-    errors = [parser.get_error(index) for index in range(parser.num_errors)]
-    raise _RefusedError(
-        *(
-            f"{error.node_name() or 'model'} ({error.node_operator() or 'ONNX'}): "
-            f"{build_log.without_noise(error.desc())}"
-            for error in errors
-        )
-    )
-
-
-def _set_profile(builder: Any, network: Any, config: Any, request: BuildRequest) -> None:
-    profile = builder.create_optimization_profile()
-    for index in range(network.num_inputs):
-        tensor = network.get_input(index)
-        profile.set_shape(tensor.name, *_profile_shapes(tensor.name, tuple(tensor.shape), request))
-    if config.add_optimization_profile(profile) < 0:
-        size = "" if request.size is None else f", size {request.size}"
-        raise _RefusedError(f"the builder rejects the profile batch {request.batch}{size}")
-
-
-def _profile_shapes(name: str, shape: tuple[int, ...], request: BuildRequest) -> list[list[int]]:
-    """The input's smallest, usual and largest shape: open extents come from the request."""
-    batch, size = request.batch, request.size
-    first, *rest = shape
-    extents = [(extent,) * 3 for extent in shape]
-    if first >= 0 and {batch.min, batch.opt, batch.max} != {first}:
-        raise _BadInputError(
-            f"input {name!r} has a fixed batch of {first}, but batch {batch} was asked "
-            "for: export the model with an open batch, or ask for this one"
-        )
-    extents[0] = (batch.min, batch.opt, batch.max)
-    if size is not None and len(shape) == 4:
-        for axis, opened in ((2, size.height), (3, size.width)):
-            extents[axis] = opened if shape[axis] < 0 else extents[axis]
-    if any(extent < 0 for low in extents for extent in low):
-        allowed = "only the batch" if size is None else "only batch, height and width"
-        raise _BadInputError(
-            f"input {name!r} has shape {[first, *rest]}: {allowed} may be open (-1)"
-        )
-    return [list(corner) for corner in zip(*extents, strict=True)]
-
-
-def _set_targets(trt: ModuleType, config: Any, request: BuildRequest) -> None:
-    config.num_compute_capabilities = len(request.targets)
-    for index, target in enumerate(request.targets):
-        capability = getattr(trt.ComputeCapability, target.upper(), None)
-        if capability is None or not config.set_compute_capability(capability, index):
-            raise _BadInputError(f"tensorrt_rtx {trt.__version__} cannot build for {target}")
-
-
-def _configure(trt: ModuleType, builder: Any, network: Any, request: BuildRequest) -> Any:
-    config = builder.create_builder_config()
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    # On by default, it would quietly give fp32 the 10-bit mantissa of TF32.
-    config.clear_flag(trt.BuilderFlag.TF32)
-    if request.workspace_mib is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request.workspace_mib * _MIB)
-    _set_targets(trt, config, request)
-    _set_profile(builder, network, config, request)
-    return config
-
-
-def _build(trt: ModuleType, logger: Any, printer: _ProgressPrinter, request: BuildRequest) -> Any:
-    """Return the serialized plan, a buffer.
+def build(
+    api: Api, library: str, logger: ILogger, printer: ProgressPrinter, request: BuildRequest
+) -> Built:
+    """Build, and inspect where that is possible.
 
     Raises:
-        _RefusedError: with the parser's words, or without any where the builder only logs them.
+        BadInputError: the library cannot do what is asked.
+        RefusedError: with the parser's words, or without any where the builder only logs them.
     """
+
+    def say(phase: str, fraction: float) -> bool:
+        printer.say(phase, _PARSED + (_BUILT - _PARSED) * fraction)
+        return not printer.abandoned
+
+    way = choose_approach(request, api.capabilities, f"{library} {api.version}")
     printer.say("Reading the network", 0.0)
-    builder = trt.Builder(logger)
-    typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    network = builder.create_network(0 if typed is None else 1 << int(typed))
-    _parse(trt, network, logger, request.onnx_path)
-    config = _configure(trt, builder, network, request)
-    # The configuration keeps no reference of its own to the monitor.
-    monitor = _make_monitor(trt, printer)
-    config.progress_monitor = monitor
+    builder = api.trt.Builder(logger)
+    network = create_network(api, builder, strongly_typed=way.strongly_typed)
+    parse(api, network, logger, way.graph)
+    config, notes = configure(api, builder, network, request, way)
+    # The configuration keeps no reference of its own to what it calls back.
+    _monitor = watch(api, config, say) if api.can(Capability.PROGRESS_MONITOR) else None
+    calibrator = None
+    if way.calibration_cache is not None:
+        cache = cache_for(way.calibration_cache, api.version)
+        calibrator = set_calibrator(api, config, cache)
+    printer.say("Building the engine", _PARSED)
     plan = builder.build_serialized_network(network, config)
+    if calibrator is not None and calibrator.asked_for_images:
+        raise RefusedError(
+            "the builder does not accept the calibration cache and asks for calibration images"
+        )
     if plan is None:
-        raise _RefusedError
-    return plan
+        raise RefusedError
+    if request.options.timing_cache is not None:
+        write_timing_cache(config, request.options.timing_cache)
+    printer.say("Writing the plan", _BUILT)
+    layers = inspect_plan(api, logger, plan, request) if library == _INSPECTED else None
+    return Built(plan=plan, layers=layers, notes=way.notes + notes)
 
 
-def _run(folder: Path, printer: _ProgressPrinter) -> Result:
+def _run(library: str, folder: Path, printer: ProgressPrinter) -> Result:
     request = protocol.request_from_json((folder / protocol.REQUEST).read_text(encoding="utf-8"))
     try:
-        trt = importlib.import_module("tensorrt_rtx")
+        api = probe(importlib.import_module(library))
     except (ImportError, OSError) as error:
-        return Result(status=Status.LACKING, errors=(f"tensorrt_rtx does not load: {error}",))
+        return Result(status=Status.LACKING, errors=(f"{library} does not load: {error}",))
     log_path = folder / protocol.LOG
     with log_path.open("w", encoding="utf-8") as log:
         try:
-            plan = _build(trt, _make_logger(trt, log), printer, request)
-        except _BadInputError as error:
+            built = build(api, library, make_logger(api, log), printer, request)
+        except BadInputError as error:
             return Result(status=Status.BAD_INPUT, errors=(str(error),))
-        except _RefusedError as error:
+        except RefusedError as error:
             records = build_log.read_records(log_path.read_text(encoding="utf-8"))
             logged = build_log.messages(records, "ERROR", "INTERNAL_ERROR")
             errors = error.args or logged or ("the builder gives no reason",)
             return Result(status=Status.REFUSED, errors=tuple(str(part) for part in errors))
-    printer.say("Writing the plan", _BUILT)
-    (folder / protocol.PLAN).write_bytes(plan)
+        (folder / protocol.PLAN).write_bytes(built.plan)
+        if built.layers is not None:
+            (folder / protocol.LAYERS).write_text(built.layers, encoding="utf-8")
+        # Native objects are released while the logger's file is still open.
+        notes = built.notes
+        del built
     printer.say("Engine built", 1.0)
-    return Result(status=Status.BUILT, version=str(trt.__version__))
+    return Result(status=Status.BUILT, version=api.version, notes=notes)
 
 
 def _private_stdout() -> TextIO:
@@ -211,10 +141,13 @@ def _private_stdout() -> TextIO:
 
 
 def main(arguments: list[str]) -> int:
-    """Build what ``arguments[0]``, the folder, asks for; 0 if a result was left there."""
-    folder = Path(arguments[0])
+    """Build with library ``arguments[0]`` what the folder ``arguments[1]`` asks for.
+
+    Returns 0 if a result was left there.
+    """
+    library, folder = arguments[0], Path(arguments[1])
     with _private_stdout() as stream:
-        _run(folder, _ProgressPrinter(stream)).write(folder)
+        _run(library, folder, ProgressPrinter(stream)).write(folder)
     return 0
 
 

@@ -23,7 +23,9 @@ from exporter.engine.backend import BuildRequest, ProgressCallback
 from exporter.engine.protocol import Result, Status
 from exporter.errors import EnvironmentLackError, GateFailedError, InputError
 
-DEFAULT_WORKER: tuple[str, ...] = (sys.executable, "-m", "exporter.engine.worker")
+WORKER: tuple[str, ...] = (sys.executable, "-m", "exporter.engine.worker")
+"""To be followed by the name of the library to build with."""
+
 DEFAULT_TIMEOUT_S = 1800.0
 _KILL_WAIT_S = 10.0
 _STDERR = "stderr.txt"
@@ -32,18 +34,23 @@ _SHOWN_ERRORS = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerOutput:
-    """What a successful worker leaves; ``version`` is that of the library it built with."""
+    """What a successful worker leaves; ``version`` is that of the library it built with.
+
+    ``layers`` is the library's own layer information on the plan, JSON text, if it gives any.
+    """
 
     plan: bytes
     log: str
     version: str
+    layers: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def run_worker(
     request: BuildRequest,
     progress: ProgressCallback,
     *,
-    command: Sequence[str] = DEFAULT_WORKER,
+    command: Sequence[str],
     timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> WorkerOutput:
     """Build in a process of its own and return what it made.
@@ -169,13 +176,17 @@ def _accept(result: Result, folder: Path) -> WorkerOutput:
     try:
         plan = (folder / protocol.PLAN).read_bytes()
         log = (folder / protocol.LOG).read_text(encoding="utf-8", errors="replace")
+        table = folder / protocol.LAYERS
+        layers = table.read_text(encoding="utf-8", errors="replace") if table.exists() else None
     except OSError as error:
         raise EnvironmentLackError(
             f"the engine builder reports success but left no {Path(error.filename).name}"
         ) from error
     if not plan:
         raise EnvironmentLackError("the engine builder reports success but its plan is empty")
-    return WorkerOutput(plan=plan, log=log, version=result.version)
+    return WorkerOutput(
+        plan=plan, log=log, version=result.version, layers=layers, notes=result.notes
+    )
 
 
 def _crash_sentence(code: int, phase: str, folder: Path) -> str:

@@ -1,0 +1,34 @@
+"""Bundles on the machine that they were made for. numpy, no torch, no onnx.
+
+`memory` is the seam to the GPU, `engine_runner` runs an engine through it, `runners` opens a bundle
+by its engine or by ONNX Runtime, `build` makes a bundle's engine here, `graph_census` counts what
+it must hold, `accuracy` is what an evaluation counted, `timing` the
+stopwatch.
+"""
+
+from __future__ import annotations
+
+from exporter.device.build import build_engine, options_for
+from exporter.device.runners import (
+    BundleRunner,
+    RunBackend,
+    batch_profile,
+    input_names,
+    is_classifier,
+    open_runner,
+    output_names,
+    require_intact,
+)
+
+__all__ = [
+    "BundleRunner",
+    "RunBackend",
+    "batch_profile",
+    "build_engine",
+    "input_names",
+    "is_classifier",
+    "open_runner",
+    "options_for",
+    "output_names",
+    "require_intact",
+]

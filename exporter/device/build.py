@@ -1,0 +1,183 @@
+"""ONNX -> engine inside a bundle that is published already, on the machine it is meant for."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from exporter import bundle as files
+from exporter.bundle import Bundle, BundleWriter
+from exporter.device.graph_census import read_census
+from exporter.device.runners import batch_profile, require_intact
+from exporter.engine import (
+    BuildOptions,
+    BuildRequest,
+    BuiltEngine,
+    Dla,
+    HardwareCompatibility,
+    ProgressCallback,
+    Typing,
+    check_engine,
+    device_target,
+    get_backend,
+    parse_targets,
+)
+from exporter.engine.runtime_modules import this_gpu
+from exporter.errors import InputError
+from exporter.profiles import SizeProfile
+from exporter.provenance import created, versions
+from exporter.spec import Precision
+
+_REPLACED = frozenset({files.ENGINE, files.ENGINE_SUMMARY, files.BUILD_LOG, files.MANIFEST})
+
+
+def silent(_phase: str, _fraction: float) -> None:
+    """Report nothing."""
+
+
+def build_engine(
+    bundle: Bundle,
+    *,
+    backend: str = "auto",
+    target: str | None = None,
+    options: BuildOptions | None = None,
+    progress: ProgressCallback = silent,
+) -> Bundle:
+    """Build the bundle's engine, for ``target`` or else this machine's GPU, and publish it there.
+
+    Without ``options`` those of the export hold: see :func:`options_for`.
+    The engine must hold what its graph asks for, as at export. Its figures, the build log and the
+    manifest are replaced with it, in one step; the ONNX graphs and the evidence of the export stay
+    as they are. Whatever fails, the bundle is left as it was.
+
+    Raises:
+        GateFailedError: a file of the bundle is damaged, the builder refuses the network, or the
+            engine does not run its convolutions in the bundle's precision.
+        InputError: the target or backend does not exist, the folder holds files that are not the
+            bundle's and would be lost, or it cannot be written.
+        EnvironmentLackError: no backend is installed, or there is no GPU to build for.
+    """
+    require_intact(bundle)
+    _require_own_files(bundle)
+    precision = Precision(bundle.manifest["spec"]["precision"])
+    options = options or options_for(bundle)
+    wanted = target or device_target()
+    builder = get_backend(backend, target=wanted, options=options)
+    targets = parse_targets(
+        wanted or this_gpu(), builder, precision, allow_emulated=options.allow_emulated
+    )
+    request = _request(bundle, precision, targets, options)
+    built = builder.build(request, progress)
+    _require_contents(bundle, built, request)
+    with BundleWriter(bundle.path) as writer:
+        for name in bundle.manifest["files"]:
+            if name not in _REPLACED:
+                _carry_over(bundle.path / name, writer.path(name))
+        writer.path(files.ENGINE).write_bytes(built.plan)
+        writer.write_text(files.ENGINE_SUMMARY, files.dumps(built.summary.to_json()))
+        writer.write_text(files.BUILD_LOG, built.build_log)
+        return writer.publish(_manifest(bundle, built))
+
+
+def _require_own_files(bundle: Bundle) -> None:
+    own = {files.MANIFEST, *bundle.manifest["files"]}
+    strangers = sorted(path.name for path in bundle.path.iterdir() if path.name not in own)
+    if strangers:
+        raise InputError(
+            f"bundle {bundle.path} holds what is not its own ({', '.join(strangers[:3])}) and "
+            "would be lost; move it elsewhere"
+        )
+
+
+def options_for(
+    bundle: Bundle,
+    *,
+    dla: int | None = None,
+    timing_cache: Path | None = None,
+    optimization_level: int | None = None,
+    version_compatible: bool = False,
+    allow_emulated: bool = False,
+) -> BuildOptions:
+    """What the export was asked for, as the manifest records it, and on top of it what is given.
+
+    Files of the exporting machine are left out. A DLA takes its scales from a calibration cache,
+    not from Q/DQ nodes, so where there is one the bundle's own is used.
+
+    Raises:
+        ValueError: for a value that makes no sense.
+    """
+    recorded = bundle.manifest["spec"].get("build", {})
+    core = recorded.get("dla") if dla is None else dla
+    cache = bundle.path / files.CALIBRATION_CACHE
+    implicit = (core is not None or "calibration_cache" in recorded) and cache.is_file()
+    fallback = recorded.get("gpu_fallback", True)
+    level = recorded.get("optimization_level")
+    return BuildOptions(
+        typing=Typing(recorded.get("typing", Typing.AUTO)),
+        dla=None if core is None else Dla(core=core, gpu_fallback=fallback),
+        calibration_cache=cache if implicit else None,
+        timing_cache=timing_cache,
+        optimization_level=level if optimization_level is None else optimization_level,
+        hardware_compatibility=HardwareCompatibility(
+            recorded.get("hardware_compatibility", HardwareCompatibility.NONE)
+        ),
+        version_compatible=version_compatible or recorded.get("version_compatible", False),
+        allow_emulated=allow_emulated or recorded.get("allow_emulated", False),
+    )
+
+
+def _request(
+    bundle: Bundle, precision: Precision, targets: tuple[str, ...], options: BuildOptions
+) -> BuildRequest:
+    spec = bundle.manifest["spec"]
+    size = spec.get("dynamic_size")
+    return BuildRequest(
+        onnx_path=bundle.graph_path,
+        precision=precision,
+        targets=targets,
+        batch=batch_profile(bundle),
+        size=None if size is None else SizeProfile.parse(size),
+        workspace_mib=spec.get("workspace_mib"),
+        float_path=bundle.path / files.MODEL,
+        options=options,
+    )
+
+
+def _require_contents(bundle: Bundle, built: BuiltEngine, request: BuildRequest) -> None:
+    """The gate of the export: what the graph asks for is what the engine does."""
+    plain = read_census(bundle.path / files.MODEL)
+    quantized = read_census(request.onnx_path).quantized
+    check_engine(
+        built.summary,
+        request.precision,
+        plain.convolutions,
+        computed_weights=plain.convolutions - quantized,
+        pointwise=plain.pointwise,
+        allow_emulated=request.options.allow_emulated,
+    )
+
+
+def _manifest(bundle: Bundle, built: BuiltEngine) -> dict[str, Any]:
+    found = versions()
+    build = {
+        "created": created(),
+        "backend": built.summary.backend,
+        "version": built.summary.version,
+        "targets": list(built.summary.targets),
+        "versions": {name: version for name, version in found.items() if version is not None},
+    }
+    return {
+        **bundle.manifest,
+        "targets": list(built.summary.targets),
+        "engine_build": build,
+    }
+
+
+def _carry_over(source: Path, destination: Path) -> None:
+    """The same file in the new folder: a link where the file system has them, else a copy."""
+    try:
+        os.link(source, destination)
+    except OSError:
+        shutil.copy2(source, destination)

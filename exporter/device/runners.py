@@ -1,0 +1,205 @@
+"""A bundle, opened to be run on this machine: its engine on the GPU, or its graph on the CPU."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from importlib import metadata
+
+import numpy as np
+
+from exporter.bundle import ENGINE, ENGINE_SUMMARY, Bundle
+from exporter.device.engine_ports import smallest_cuttable
+from exporter.device.engine_runner import EngineRunner
+from exporter.device.memory import open_memory
+from exporter.device.timing import Step
+from exporter.engine.runtime_modules import runtime_module
+from exporter.errors import EnvironmentLackError, GateFailedError, InputError
+from exporter.onnx_runner import Batch, OnnxRunner, Outputs, Runner
+from exporter.profiles import BatchProfile
+
+_RIGHT_WHEN_OPTIMIZED = ("fp32", "int8")
+"""ONNX Runtime's optimizations are kept off other graphs: see :class:`OnnxRunner`."""
+
+
+class RunBackend(str, Enum):
+    """Who runs a bundle; AUTO is the engine where it runs, else ONNX Runtime."""
+
+    AUTO = "auto"
+    ENGINE = "engine"
+    ONNXRUNTIME = "onnxruntime"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BundleRunner:
+    """A bundle, ready to run.
+
+    ``backend`` is who really runs, never AUTO; ``library`` names it with its version. ``note`` says
+    why it is not the engine where AUTO would have preferred that. ``batch`` are the batch sizes
+    that one step takes. ``prepare`` sets one batch up and returns what runs it, for stopwatches.
+    """
+
+    backend: RunBackend
+    library: str
+    run: Runner
+    batch: BatchProfile
+    prepare: Callable[[Batch], Step]
+    note: str | None = None
+
+
+def require_intact(bundle: Bundle) -> None:
+    """Return only if every file is what the manifest says.
+
+    Raises:
+        GateFailedError: naming the files that are not.
+    """
+    damaged = bundle.damaged_files()
+    if damaged:
+        raise GateFailedError(
+            f"bundle {bundle.path}: {', '.join(damaged)} missing or not what the manifest says"
+        )
+
+
+def input_names(bundle: Bundle) -> tuple[str, ...]:
+    """The network's inputs in order; bundles of older versions have one, ``images``."""
+    ports = bundle.manifest.get("inputs", [{"name": "images"}])
+    return tuple(str(port["name"]) for port in ports)
+
+
+def output_names(bundle: Bundle) -> tuple[str, ...]:
+    """The network's outputs in order; bundles of older versions have one, ``logits``."""
+    ports = bundle.manifest.get("outputs", [{"name": "logits"}])
+    return tuple(str(port["name"]) for port in ports)
+
+
+def is_classifier(bundle: Bundle) -> bool:
+    """Whether the first output is logits; older bundles all are classifiers and do not say so."""
+    return bundle.manifest["model"].get("num_classes", 0) is not None
+
+
+def batch_profile(bundle: Bundle) -> BatchProfile:
+    """The batch sizes that the bundle was made for."""
+    return BatchProfile.parse(bundle.manifest["spec"]["batch"])
+
+
+@contextmanager
+def open_runner(
+    bundle: Bundle, backend: RunBackend, *, threads: int = 0, cuda_graph: bool = False
+) -> Iterator[BundleRunner]:
+    """Open ``bundle``; on leaving, whatever it held on a device is given back.
+
+    ``threads`` is for ONNX Runtime, 0 means all cores; ``cuda_graph`` is for the engine and keeps
+    AUTO from anything else.
+
+    Raises:
+        EnvironmentLackError: this machine cannot run it: no driver, library or fitting GPU.
+        InputError: a CUDA graph was asked of ONNX Runtime.
+        GateFailedError: ONNX Runtime refuses the graph.
+    """
+    if cuda_graph and backend is RunBackend.ONNXRUNTIME:
+        raise InputError("CUDA graphs belong to the engine, not to ONNX Runtime")
+    with ExitStack() as stack:
+        note = None
+        if backend is not RunBackend.ONNXRUNTIME:
+            try:
+                runner = _engine(bundle, stack, cuda_graph=cuda_graph)
+            except EnvironmentLackError as error:
+                if backend is RunBackend.ENGINE or cuda_graph:
+                    raise
+                stack.close()
+                note = f"the engine does not run here: {error}"
+            else:
+                yield runner
+                return
+        yield _onnxruntime(bundle, threads, note)
+
+
+def _engine(bundle: Bundle, stack: ExitStack, *, cuda_graph: bool) -> BundleRunner:
+    name = _engine_backend(bundle)
+    trt = runtime_module(name)
+    memory = stack.enter_context(open_memory(graphs=cuda_graph))
+    engine = stack.enter_context(
+        EngineRunner(bundle.path / ENGINE, trt, memory, input_names=input_names(bundle))
+    )
+
+    def run(batch: Batch) -> Outputs:
+        count = len(batch[0])
+        outputs = engine.run(_filled(batch, smallest_cuttable(count, engine.batch_profile)))
+        return {output: values[:count] for output, values in outputs.items()}
+
+    return BundleRunner(
+        backend=RunBackend.ENGINE,
+        library=f"{name} {trt.__version__} with {memory.name}",
+        run=run,
+        batch=engine.batch_profile,
+        prepare=lambda batch: engine.prepare(batch, cuda_graph=cuda_graph),
+    )
+
+
+def _engine_backend(bundle: Bundle) -> str:
+    """Who made the bundle's engine.
+
+    Raises:
+        EnvironmentLackError: there is no engine yet.
+    """
+    if not (bundle.path / ENGINE).is_file():
+        raise EnvironmentLackError(
+            f"bundle {bundle.path} holds no engine yet; `repvgg-export build` makes one on the "
+            "device"
+        )
+    try:
+        return str(json.loads((bundle.path / ENGINE_SUMMARY).read_text("utf-8"))["backend"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"bundle {bundle.path}: {ENGINE_SUMMARY} does not say who made the engine ({error!r})"
+        ) from error
+
+
+class _OneStepRunner(OnnxRunner):
+    """Runs a batch of any size in one step: a stopwatch must not time two halves."""
+
+    def run(self, batch: Batch) -> Outputs:
+        return dict(zip(self.output_names, self._step(batch), strict=True))
+
+
+def _onnxruntime(bundle: Bundle, threads: int, note: str | None) -> BundleRunner:
+    optimize = bundle.manifest["spec"]["precision"] in _RIGHT_WHEN_OPTIMIZED
+    runner = _OneStepRunner(bundle.graph_path, optimize=optimize, threads=threads)
+
+    def prepare(batch: Batch) -> Step:
+        def step() -> None:
+            runner.run(batch)
+
+        return step
+
+    return BundleRunner(
+        backend=RunBackend.ONNXRUNTIME,
+        library=f"onnxruntime {_version('onnxruntime', 'onnxruntime-gpu')} on the CPU",
+        run=runner.run,
+        batch=batch_profile(bundle),
+        prepare=prepare,
+        note=note,
+    )
+
+
+def _version(*distributions: str) -> str:
+    for name in distributions:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return "(version unknown)"
+
+
+def _filled(batch: Batch, count: int) -> Batch:
+    """``batch`` with its last image repeated up to ``count``."""
+    missing = count - len(batch[0])
+    if missing <= 0:
+        return batch
+    return tuple(np.concatenate([array, np.repeat(array[-1:], missing, axis=0)]) for array in batch)

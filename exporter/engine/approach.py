@@ -1,0 +1,117 @@
+"""Which graph a build reads and which data-type flags it sets, from what the library can do.
+
+==============  ==========================  ==========================  ===========================
+                strongly typed              weakly typed                implicit INT8
+==============  ==========================  ==========================  ===========================
+fp32            float graph                 float graph                 -
+fp16            half graph                  float graph, FP16           -
+int8            Q/DQ graph                  Q/DQ graph, INT8            float graph, INT8, scales
+                                                                        from the calibration cache
+available       TensorRT >= 10, RTX         TensorRT <= 10              TensorRT <= 10
+==============  ==========================  ==========================  ===========================
+
+On a DLA before TensorRT 11, networks are weakly typed, and INT8 is implicit with FP16 beside it for
+the layers that have no scale. Pure functions of capabilities; no TensorRT is touched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from exporter.build_options import Typing
+from exporter.engine.backend import BuildRequest
+from exporter.engine.capabilities import Capability
+from exporter.engine.refusal import BadInputError
+from exporter.spec import Precision
+
+_WEAK = (Capability.FP16_FLAG, Capability.INT8_FLAG)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Approach:
+    """The graph to parse, whether its types bind, and the types that the builder may choose."""
+
+    graph: Path
+    strongly_typed: bool
+    allowed: frozenset[Precision] = frozenset()
+    calibration_cache: Path | None = None
+    notes: tuple[str, ...] = ()
+
+
+def choose_approach(
+    request: BuildRequest, capabilities: frozenset[Capability], library: str
+) -> Approach:
+    """Decide how to build; ``library`` is name and version for messages.
+
+    Raises:
+        BadInputError: if the library cannot do it the way that was asked for.
+    """
+    options = request.options
+    weak_exists = capabilities.issuperset(_WEAK)
+    if options.calibration_cache is not None:
+        return _implicit(request, capabilities, library)
+    if options.dla is not None and weak_exists:
+        if request.precision is Precision.INT8:
+            raise BadInputError(
+                f"the DLA of {library} takes INT8 from a calibration cache and not from Q/DQ "
+                "nodes: pass the bundle's calibration.cache"
+            )
+        return _weak(request)
+    if options.typing is Typing.WEAK:
+        if not weak_exists:
+            raise BadInputError(
+                f"{library} builds strongly typed networks only: weak typing was removed in "
+                "TensorRT 11; leave typing at auto"
+            )
+        return _weak(request)
+    if weak_exists and Capability.STRONG_TYPING not in capabilities:
+        if options.typing is Typing.STRONG:
+            raise BadInputError(
+                f"{library} has no strongly typed networks: they came with TensorRT 10; leave "
+                "typing at auto"
+            )
+        return _weak(request)
+    return Approach(graph=request.onnx_path, strongly_typed=True)
+
+
+def _weak(request: BuildRequest) -> Approach:
+    """Flags allow the precision; a graph without Q/DQ is read in float where there is one."""
+    if request.precision is Precision.FP32:
+        return Approach(graph=request.onnx_path, strongly_typed=False)
+    quantized = request.precision is Precision.INT8
+    graph = request.onnx_path if quantized else request.float_path or request.onnx_path
+    note = f"weakly typed: the builder itself chooses among fp32 and {request.precision}"
+    return Approach(
+        graph=graph,
+        strongly_typed=False,
+        allowed=frozenset({request.precision}),
+        notes=(note,),
+    )
+
+
+def _implicit(request: BuildRequest, capabilities: frozenset[Capability], library: str) -> Approach:
+    if not capabilities.issuperset({*_WEAK, Capability.CALIBRATOR}):
+        raise BadInputError(
+            f"{library} takes no calibration cache: implicit INT8 was removed in TensorRT 11; "
+            "build the Q/DQ graph without one"
+        )
+    if request.precision is not Precision.INT8:
+        raise BadInputError(f"a calibration cache belongs to int8, not to {request.precision}")
+    if request.options.typing is Typing.STRONG:
+        raise BadInputError("a calibration cache needs a weakly typed network, not a strong one")
+    if request.float_path is None:
+        raise BadInputError("implicit INT8 is built from the float graph, and none is given")
+    on_dla = request.options.dla is not None
+    allowed = {Precision.INT8, Precision.FP16} if on_dla else {Precision.INT8}
+    types = "fp32, fp16 and int8" if on_dla else "fp32 and int8"
+    return Approach(
+        graph=request.float_path,
+        strongly_typed=False,
+        allowed=frozenset(allowed),
+        calibration_cache=request.options.calibration_cache,
+        notes=(
+            "implicit INT8: scales come from the calibration cache, weights are rounded by the "
+            f"builder, which itself chooses among {types}",
+        ),
+    )

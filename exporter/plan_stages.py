@@ -1,0 +1,60 @@
+"""The stages of an export in their order, each with a line that says what it will do."""
+
+from __future__ import annotations
+
+from exporter.plan_content import PlannedStage
+from exporter.plan_engine import EngineDecision
+from exporter.plan_sizes import TWO_BYTES
+from exporter.spec import HUB, RANDOM, ExportSpec, Precision
+
+
+def export_stages(spec: ExportSpec, decision: EngineDecision) -> tuple[PlannedStage, ...]:
+    """Those of ``engine``, by the names that its progress and its ``seconds`` show."""
+    stages = {
+        "load": f"read {_weights(spec)} and the images to compare on",
+        "reparameterize": "fuse every block into one 3x3 convolution, in float64",
+        "export": "write the deploy form as ONNX and compare it with the original",
+        "simplify": "fold constants, compare again, check that the graph is plain",
+        **_precision(spec),
+        "engine": _engine(decision),
+        "publish": f"write evidence and hashes and move the bundle to {spec.out}",
+    }
+    return tuple(PlannedStage(name=name, what=what) for name, what in stages.items())
+
+
+def bundle_stages(decision: EngineDecision) -> tuple[PlannedStage, ...]:
+    """The only one that is left for a published bundle."""
+    return (PlannedStage(name="engine", what=_engine(decision)),)
+
+
+def _weights(spec: ExportSpec) -> str:
+    if spec.weights is None:
+        return "the bundled weights"
+    if spec.weights == RANDOM:
+        return "random weights"
+    if spec.weights.partition("@")[0] == HUB:
+        return "the public weights"
+    return spec.weights
+
+
+def _precision(spec: ExportSpec) -> dict[str, str]:
+    if spec.precision is Precision.FP32:
+        return {}
+    if str(spec.precision) in TWO_BYTES:
+        return {"half": f"convert the graph to {spec.precision} and compare it with the original"}
+    images = str(spec.calibration) if spec.calibration else "the bundled images"
+    recipe = f"recipe {spec.recipe}" if spec.recipe else "the best recipe that the graph allows"
+    return {
+        "calibrate": f"observe up to {spec.calibration_images} calibration images ({images})",
+        "quantize": f"scales and Q/DQ nodes by {recipe}; compare with the original",
+    }
+
+
+def _engine(decision: EngineDecision) -> str:
+    parts = []
+    if decision.build_here:
+        parts.append(f"build one plan for {', '.join(decision.build_here)} and count its kernels")
+    if decision.deferred:
+        names = ", ".join(dict.fromkeys(target.label for target in decision.deferred))
+        parts.append(f"left to the device for {names}")
+    return "; ".join(parts)

@@ -1,0 +1,144 @@
+"""Which graph a build reads and what it lets the builder choose, from capabilities alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from exporter.engine import BuildOptions, BuildRequest, Dla, Typing
+from exporter.engine.approach import Approach, choose_approach
+from exporter.engine.builder_config import write_timing_cache
+from exporter.engine.capabilities import Capability
+from exporter.engine.legacy_int8 import cache_for
+from exporter.engine.refusal import BadInputError
+from exporter.profiles import BatchProfile
+from exporter.spec import Precision
+
+WEAK = frozenset({Capability.FP16_FLAG, Capability.INT8_FLAG, Capability.CALIBRATOR})
+BOTH = WEAK | {Capability.STRONG_TYPING}
+STRONG = frozenset({Capability.STRONG_TYPING})
+CACHE = Path("calibration.cache")
+REQUEST = BuildRequest(
+    onnx_path=Path("typed.onnx"),
+    float_path=Path("float.onnx"),
+    precision=Precision.INT8,
+    targets=("sm87",),
+    batch=BatchProfile(1, 1, 1),
+)
+IMPLICIT = replace(REQUEST, options=BuildOptions(calibration_cache=CACHE))
+
+
+@pytest.mark.parametrize("capabilities", [BOTH, STRONG, frozenset()])
+@pytest.mark.parametrize("precision", list(Precision))
+def test_the_typed_graph_binds_wherever_weak_typing_is_not_all_there_is(
+    capabilities: frozenset[Capability], precision: Precision
+):
+    """Also on a release that dropped the flag because it knows strongly typed networks only."""
+    way = choose_approach(replace(REQUEST, precision=precision), capabilities, "lib 10")
+
+    assert Approach(graph=Path("typed.onnx"), strongly_typed=True) == way
+
+
+def test_a_dla_gets_half_beside_implicit_int8():
+    """Layers without a scale may run on the DLA in half."""
+    options = BuildOptions(calibration_cache=CACHE, dla=Dla())
+
+    way = choose_approach(replace(REQUEST, options=options), BOTH, "lib 10")
+
+    assert frozenset({Precision.INT8, Precision.FP16}) == way.allowed
+    assert (Path("float.onnx"), CACHE, False) == (
+        way.graph,
+        way.calibration_cache,
+        way.strongly_typed,
+    )
+
+
+@pytest.mark.parametrize(
+    ("request_", "capabilities", "words"),
+    [
+        (
+            replace(IMPLICIT, precision=Precision.FP16),
+            BOTH,
+            "a calibration cache belongs to int8, not to fp16",
+        ),
+        (
+            replace(IMPLICIT, options=BuildOptions(calibration_cache=CACHE, typing=Typing.STRONG)),
+            BOTH,
+            "a calibration cache needs a weakly typed network, not a strong one",
+        ),
+        (
+            replace(IMPLICIT, float_path=None),
+            BOTH,
+            "implicit INT8 is built from the float graph, and none is given",
+        ),
+        (
+            IMPLICIT,
+            STRONG,
+            "lib 10 takes no calibration cache: implicit INT8 was removed in TensorRT 11; build "
+            "the Q/DQ graph without one",
+        ),
+        (
+            replace(REQUEST, options=BuildOptions(dla=Dla())),
+            BOTH,
+            "the DLA of lib 10 takes INT8 from a calibration cache and not from Q/DQ nodes: pass "
+            "the bundle's calibration.cache",
+        ),
+        (
+            replace(REQUEST, options=BuildOptions(typing=Typing.WEAK)),
+            STRONG,
+            "lib 10 builds strongly typed networks only: weak typing was removed in TensorRT 11; "
+            "leave typing at auto",
+        ),
+        (
+            replace(REQUEST, options=BuildOptions(typing=Typing.STRONG)),
+            WEAK,
+            "lib 10 has no strongly typed networks: they came with TensorRT 10; leave typing at "
+            "auto",
+        ),
+    ],
+)
+def test_what_a_release_cannot_do_is_refused(
+    request_: BuildRequest, capabilities: frozenset[Capability], words: str
+):
+    """Each refusal says what to do instead."""
+    with pytest.raises(BadInputError) as caught:
+        choose_approach(request_, capabilities, "lib 10")
+
+    assert words == str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("version", "number"),
+    [("8.6.1", "8601"), ("10.3.0", "100300"), ("10.16.1.11", "101601")],
+)
+def test_the_calibration_cache_gets_the_header_of_the_release(
+    tmp_path: Path, version: str, number: str
+):
+    """The scales stay as they are; a cache made for another release would be ignored."""
+    path = tmp_path / "calibration.cache"
+    path.write_text("TRT-100300-EntropyCalibration2\nimages: 3ca94044\n")
+
+    expected = f"TRT-{number}-EntropyCalibration2\nimages: 3ca94044\n"
+    assert expected.encode() == cache_for(path, version)
+
+
+class Config:
+    """A configuration that has timings."""
+
+    def get_timing_cache(self) -> Config:
+        return self
+
+    def serialize(self) -> bytes:
+        return b"timings"
+
+
+def test_a_timing_cache_that_cannot_be_written_is_named(tmp_path: Path):
+    """The path and the system's reason are in the message."""
+    path = tmp_path / "no folder" / "timing.cache"
+
+    with pytest.raises(BadInputError) as caught:
+        write_timing_cache(Config(), path)
+
+    assert str(caught.value).startswith(f"timing cache {path} cannot be written: ")

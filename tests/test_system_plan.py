@@ -1,0 +1,218 @@
+"""`plan` as a user runs it, and the bundle without an engine that it promises."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from exporter.bundle import Bundle
+
+EVIDENCE = {
+    "manifest.json", "model.onnx", "engine.json", "reference.npz", "parity.json", "junit.xml",
+    "report.html",
+}  # fmt: skip
+BLOCKED = ("torch", "onnx", "onnxruntime", "onnxsim", "tensorrt", "tensorrt_rtx")
+REASON = (
+    "orin-nano (sm87) needs full TensorRT, run on the device itself; tensorrt-rtx builds for "
+    "sm75, sm80, sm86, sm89, sm120, sm121"
+)
+
+
+def planned(command, *arguments):
+    process = command("plan", *arguments, "--json")
+    assert (0, "") == (process.returncode, process.stderr)
+    return json.loads(process.stdout)
+
+
+@pytest.fixture(scope="module")
+def deferred(command, tmp_path_factory):
+    """An fp16 bundle for a device that builds its own engine."""
+    out = tmp_path_factory.mktemp("deferred") / "bundle"
+    process = command(
+        "engine", "A0", "--precision", "fp16", "--target", "orin-nano", "--out", str(out)
+    )
+    return out, process
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_a_plan_foretells_stages_files_targets_and_sizes(command, bundles, precision):
+    """What `engine` then made: the same names; graphs within 1 %, the engine within 15 %."""
+    out, process = bundles(precision)
+    made = json.loads(process.stdout)
+    plan = planned(command, "A0", "--precision", precision)
+    assert list(made["seconds"]) == [stage["stage"] for stage in plan["stages"]]
+    assert {path.name for path in out.iterdir()} == {file["name"] for file in plan["files"]}
+    assert made["engine"]["targets"] == plan["engine"]["build_here"]
+    sizes = {file["name"]: file["bytes"] for file in plan["files"] if file["bytes"] is not None}
+    for name, size in sizes.items():
+        tolerance = 0.15 if name == "model.engine" else 0.01
+        assert (out / name).stat().st_size == pytest.approx(size, rel=tolerance), name
+
+
+def test_a_plan_writes_nothing_and_reads_well(command, tmp_path):
+    """Tables and lines on standard output, nothing on standard error, no folder made."""
+    process = command("plan", "A0", "--target", "orin", "--precision", "int8", cwd=tmp_path)
+    assert (0, "") == (process.returncode, process.stderr)
+    assert [] == list(tmp_path.iterdir())
+    for part in (
+        "RepVGG-A0 int8: what would be done",
+        "left to the device for orin (sm87)",
+        "engine deferred, about 9.2 MB",
+        "trtexec --onnx=model.int8.onnx --saveEngine=model.engine --stronglyTyped "
+        "--minShapes=images:1x3x64x64 --optShapes=images:8x3x64x64 --maxShapes=images:32x3x64x64",
+    ):
+        assert part in process.stdout
+
+
+def test_a_plan_needs_neither_torch_nor_onnx_nor_a_runtime(bundles):
+    """The device half's machines can plan, for a variant and for a bundle."""
+    block = "\n".join(f"sys.modules[{name!r}] = None" for name in BLOCKED)
+    for model in ("A0", str(bundles("fp16")[0])):
+        program = (
+            f"import sys\n{block}\nfrom exporter.cli import main\n"
+            f"sys.exit(main(['plan', {model!r}, '--target', 'rtx3060', '--json']))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=False
+        )
+        assert (0, "") == (done.returncode, done.stderr)
+        assert ["sm86"] == json.loads(done.stdout)["engine"]["build_here"]
+
+
+def test_a_plan_of_a_bundle_has_its_files_and_only_the_engine_left(command, bundles):
+    """Sizes are those on disk; the inputs are the graph's."""
+    out, _ = bundles("fp16")
+    plan = planned(command, str(out), "--target", "agx-orin", "--dla", "1")
+    assert ["engine"] == [stage["stage"] for stage in plan["stages"]]
+    for file in plan["files"]:
+        assert (file["bytes"], False) == ((out / file["name"]).stat().st_size, file["estimate"])
+    assert [{"name": "images", "shape": ["batch", 3, 64, 64]}] == plan["inputs"]
+    assert f"repvgg-export build {out}" == plan["commands"][0]["line"]
+    assert all("--useDLACore=1" in row["line"] for row in plan["commands"][1:])
+
+
+def test_a_plan_of_a_bundle_refuses_what_was_decided_at_export(command, bundles):
+    """Options of the export would be dropped in silence otherwise."""
+    out, _ = bundles("fp16")
+    for option in (("--batch", "4"), ("--classes", "5")):
+        process = command("plan", str(out), *option)
+        assert 2 == process.returncode
+        assert (
+            f"repvgg-export: {out} is exported already: beside a bundle `plan` takes --target, "
+            "--backend and --dla only\n" == process.stderr
+        )
+
+
+def test_a_plan_of_a_damaged_bundle_is_refused_with_the_file(command, bundles, tmp_path):
+    """One flipped byte, exit code 1, the file named."""
+    copy = Path(shutil.copytree(bundles("fp16")[0], tmp_path / "copy"))
+    content = bytearray((copy / "model.fp16.onnx").read_bytes())
+    content[1000] ^= 1
+    (copy / "model.fp16.onnx").write_bytes(content)
+    process = command("plan", str(copy))
+    assert 1 == process.returncode
+    assert f"bundle {copy}: model.fp16.onnx missing or not what the manifest" in process.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--target", "nano"), "target nano is not supported: Jetson Nano and TX1 (sm53): "),
+        (("--target", "orim"), "unknown target 'orim' (nearest: orin, orin-nx; known: compute "),
+        (("--target", "t4"), "target sm75 cannot do int8: on Turing (sm75) the builder runs "),
+        (("--target", "thor", "--dla", "0"), "target thor (sm110) has no DLA (with DLA: orin, "),
+        (("--dla", "0"), "DLA needs a target that has one: orin, agx-orin, orin-nx, xavier, "),
+        (("--backend", "tensort"), "unknown backend 'tensort' (nearest: tensorrt"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_sentence(command, arguments, sentence):
+    """Exit code 2; for `plan` and, where it knows the option, `engine` alike."""
+    names = ("plan", "engine") if "--dla" not in arguments else ("plan",)
+    for name in names:
+        process = command(name, "A0", *arguments)
+        assert 2 == process.returncode
+        assert process.stderr.startswith(f"repvgg-export: {sentence}")
+        assert 1 == process.stderr.count("\n")
+
+
+def test_an_engine_for_the_device_is_deferred_and_all_else_is_there(deferred):
+    """Exit code 0 and every file but engine and build log."""
+    out, process = deferred
+    assert 0 == process.returncode, process.stderr
+    assert EVIDENCE | {"model.fp16.onnx"} == {path.name for path in out.iterdir()}
+    assert () == Bundle.load(out).damaged_files()
+    assert ["sm87"] == json.loads((out / "manifest.json").read_text())["targets"]
+
+
+def test_engine_json_of_a_deferred_bundle_says_why_and_how(deferred):
+    """Status, reason, this project's command, and the line for every JetPack."""
+    out, _ = deferred
+    engine = json.loads((out / "engine.json").read_text())
+    assert ("deferred", ["sm87"], ["orin-nano"], REASON, "repvgg-export build BUNDLE") == tuple(
+        engine[key] for key in ("status", "targets", "devices", "reason", "build_with")
+    )
+    assert ["10.16", "10.3", "8.6", "8.5"] == list(engine["commands"])
+
+
+def test_the_ledger_of_a_deferred_bundle_keeps_the_engine_not_run(deferred):
+    """It never counts as passed, and the reason is that it is deferred."""
+    out, _ = deferred
+    parity = json.loads((out / "parity.json").read_text())
+    row = parity["stages"][-1]
+    assert ("engine", "not_run", f"the engine is deferred: {REASON}") == (
+        row["stage"], row["status"], row["reason"],
+    )  # fmt: skip
+    assert ("pass", ["engine"]) == (parity["verdict"], parity["not_run"])
+
+
+def test_the_user_is_told_that_there_is_no_engine_yet(deferred):
+    """A note, in the manifest too; the last line; the report."""
+    out, process = deferred
+    note = "no engine for orin-nano (sm87) yet; on the device: repvgg-export build BUNDLE"
+    assert f"note: {note}\n" in process.stderr
+    assert note in json.loads((out / "manifest.json").read_text())["notes"]
+    assert process.stdout.splitlines()[-1].startswith(f"{out}: no engine yet for sm87; ")
+    page = (out / "report.html").read_text()
+    assert f"No engine for sm87 yet: {REASON}." in page
+    assert "trtexec --onnx=model.fp16.onnx" in page
+
+
+def test_a_deferred_bundle_runs_and_verifies(deferred, command):
+    """The graph computes the recorded outputs; `verify` passes what it can run."""
+    out, _ = deferred
+    bundle = Bundle.load(out)
+    images, logits = bundle.reference()
+    np.testing.assert_allclose(bundle.run(images), logits, atol=0.05)
+    process = command("verify", str(out), "--json")
+    assert 0 == process.returncode, process.stderr
+    assert "not_run" == json.loads(process.stdout)["parity"]["stages"][-1]["status"]
+
+
+def test_targets_built_here_get_their_engine_beside_deferred_ones(command, tmp_path):
+    """One bundle: an engine for sm86, and under `deferred` what waits for the Orin."""
+    out = tmp_path / "bundle"
+    arguments = ("engine", "A0", "--precision", "fp16", "--target", "rtx3060,orin-nano")
+    process = command(*arguments, "--out", str(out), "--json")
+    assert 0 == process.returncode, process.stderr
+    engine = json.loads((out / "engine.json").read_text())
+    assert (["sm86"], ["sm87"]) == (engine["targets"], engine["deferred"]["targets"])
+    assert REASON == engine["deferred"]["reason"]
+    assert b"vtrt" == (out / "model.engine").read_bytes()[:4]
+    assert "No engine for sm87 yet" in (out / "report.html").read_text()
+    assert ["sm86"] == json.loads((out / "manifest.json").read_text())["targets"]
+
+
+def test_the_shapes_of_the_commands_are_inputs_of_the_graph(deferred):
+    """trtexec refuses a shape for an input that the graph has not."""
+    out, _ = deferred
+    graph = onnx.load(out / "model.fp16.onnx", load_external_data=False).graph
+    (line, *_) = json.loads((out / "engine.json").read_text())["commands"].values()
+    assert f"--optShapes={graph.input[0].name}:8x3x64x64" in line
+    assert "batch" == graph.input[0].type.tensor_type.shape.dim[0].dim_param

@@ -160,7 +160,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.simplefilter("ignore")
     command: Callable[[argparse.Namespace], int] = options.run
     try:
-        return command(options)
+        code = command(options)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print("repvgg-export: interrupted; nothing was published", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -175,6 +177,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print_ledger(evidence, "what was measured until then")
         print(f"repvgg-export: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:
+        # Whoever read the result (`| head`) has seen enough; nothing more is written to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE
     except OSError as error:
         # A full disk or a vanished file outside the bundle's own writing.
         if options.debug:

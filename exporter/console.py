@@ -211,4 +211,9 @@ def print_table(table: Table) -> None:
     """On standard output; off a terminal rich would assume 80 columns and cut figures off."""
     from rich.console import Console
 
-    Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(table)
+    class Pipe(Console):
+        def on_broken_pipe(self) -> None:
+            """Leave it to the command line: rich itself would end the program with exit code 1."""
+            raise BrokenPipeError
+
+    Pipe(width=None if sys.stdout.isatty() else 120, highlight=False).print(table)

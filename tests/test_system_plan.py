@@ -216,3 +216,14 @@ def test_the_shapes_of_the_commands_are_inputs_of_the_graph(deferred):
     (line, *_) = json.loads((out / "engine.json").read_text())["commands"].values()
     assert f"--optShapes={graph.input[0].name}:8x3x64x64" in line
     assert "batch" == graph.input[0].type.tensor_type.shape.dim[0].dim_param
+
+
+def test_a_reader_that_leaves_early_is_no_failure():
+    """`plan ... | head -1`: no message, exit 0."""
+    words = [sys.executable, "-m", "exporter", "plan", "A0", "--target", "orin"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    assert (b"", 0) == (process.stderr.read(), process.wait(60))
+    process.stderr.close()

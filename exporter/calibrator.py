@@ -6,8 +6,8 @@ of another product with constant weights.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import onnx
 
@@ -16,7 +16,7 @@ from calibration.observer import ObservationError, TensorObserver, observe
 from calibration.table import CalibrationTable, TensorRange
 from calibration.threshold import Method, activation_scale, threshold
 from exporter.errors import InputError
-from exporter.graph import boundary_tensors, with_outputs
+from exporter.graph import boundary_tensors, graph_sha256, with_outputs
 from exporter.image_set import ImageSet
 from exporter.onnx_runner import Batch, FloatArray, OnnxRunner
 
@@ -74,10 +74,13 @@ def table_by(
     method: str,
     observers: Mapping[str, TensorObserver],
     model: onnx.ModelProto,
-    images: ImageSet,
+    data: Mapping[str, Any],
     preprocess: Preprocess | None,
 ) -> CalibrationTable:
-    """A scale for each observed boundary of ``model``, by a calibration.threshold method."""
+    """A scale for each observed boundary of ``model``, by a calibration.threshold method.
+
+    ``data`` is what :meth:`ImageSet.to_json` says of the images that were observed.
+    """
     chosen = Method(method)
     return CalibrationTable(
         method=method,
@@ -94,8 +97,8 @@ def table_by(
             )
             for name, observer in observers.items()
         },
-        onnx_sha256=hashlib.sha256(model.SerializeToString()).hexdigest(),
-        data_sha256=images.to_json()["sha256"],
-        image_count=images.count,
+        onnx_sha256=graph_sha256(model),
+        data_sha256=data["sha256"],
+        image_count=data["images"],
         preprocess=preprocess.to_json() if preprocess else {},
     )

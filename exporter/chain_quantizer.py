@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,7 +26,7 @@ from calibration.survey import FloatPass, survey
 from calibration.table import CalibrationTable, TensorRange
 from exporter.errors import GateFailedError, InputError
 from exporter.full_range import use_full_range
-from exporter.graph import with_outputs
+from exporter.graph import graph_sha256, require_nodes, with_outputs
 from exporter.image_set import ImageSet
 from exporter.onnx_kernels import OnnxKernels
 from exporter.onnx_runner import OnnxRunner
@@ -252,11 +251,11 @@ def _table(
             )
             for name in stages
         },
-        onnx_sha256=hashlib.sha256(equalized.SerializeToString()).hexdigest(),
+        onnx_sha256=graph_sha256(equalized),
         data_sha256=observed.data_sha256,
         image_count=observed.image_count,
         preprocess=preprocess.to_json() if preprocess else {},
-        source_sha256=hashlib.sha256(model.SerializeToString()).hexdigest(),
+        source_sha256=graph_sha256(model),
         channel_scales={
             stage.name: tuple(map(float, found))
             for stage, found in zip(plain.chain.stages, outcome.equalization.scales, strict=True)
@@ -267,12 +266,7 @@ def _table(
 
 
 def _outcome(chain: Chain, observed: Observed, rung: Rung, options: RecipeOptions) -> Outcome:
-    known = {stage.name for stage in chain.stages}
-    unknown = sorted(set(options.keep_float) - known)
-    if unknown:
-        raise InputError(
-            f"no convolution is called {', '.join(unknown)}; known: {', '.join(sorted(known))}"
-        )
+    require_nodes(options.keep_float, (stage.name for stage in chain.stages), "convolution")
     try:
         return quantize_by_recipe(
             rung,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import onnx
+
+from exporter.errors import InputError
 
 QUANTIZED_OPS = ("Conv", "Gemm", "MatMul")
 """The operators that have INT8 kernels."""
@@ -37,6 +40,18 @@ def pointwise_convolutions(model: onnx.ModelProto) -> int:
     """How many Conv nodes have a constant 1x1 kernel."""
     kernels = {tensor.name: list(tensor.dims)[2:] for tensor in model.graph.initializer}
     return sum(n.op_type == "Conv" and kernels.get(n.input[1]) == [1, 1] for n in model.graph.node)
+
+
+def graph_sha256(model: onnx.ModelProto) -> str:
+    """Hash of the graph as a file of it would have."""
+    return hashlib.sha256(model.SerializeToString()).hexdigest()
+
+
+def require_nodes(names: Iterable[str], known: Iterable[str], kind: str) -> None:
+    """Raises InputError with the ``known`` nodes of this ``kind``, unless ``names`` are of them."""
+    listed = sorted(set(known))
+    if unknown := sorted(set(names).difference(listed)):
+        raise InputError(f"no {kind} is called {', '.join(unknown)}; known: {', '.join(listed)}")
 
 
 def attributes(node: onnx.NodeProto) -> dict[str, Any]:

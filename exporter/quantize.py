@@ -25,7 +25,7 @@ from onnx import helper, numpy_helper
 from calibration.table import CalibrationTable
 from calibration.threshold import quantize_weights, tensor_scale, weight_scales
 from exporter.errors import InputError
-from exporter.graph import attributes, quantizable
+from exporter.graph import attributes, quantizable, require_nodes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -54,10 +54,7 @@ def quantize(
             for a tensor that needs one.
     """
     candidates = {node.output[0]: node.name for node in quantizable(model)}
-    unknown = sorted(set(keep_float) - set(candidates.values()))
-    if unknown:
-        known = ", ".join(sorted(candidates.values()))
-        raise InputError(f"no Conv or Gemm is called {', '.join(unknown)}; known: {known}")
+    require_nodes(keep_float, candidates.values(), "Conv or Gemm")
     quantized = onnx.ModelProto()
     quantized.CopyFrom(model)
     weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}

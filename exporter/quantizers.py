@@ -22,7 +22,7 @@ from calibration.table import CalibrationTable
 from exporter.calibrator import observe_images, table_by
 from exporter.chain_quantizer import observe_chain, quantize_observed
 from exporter.errors import InputError
-from exporter.graph import attributes, quantizable, with_outputs
+from exporter.graph import attributes, quantizable, require_nodes, with_outputs
 from exporter.half_nodes import in_half
 from exporter.image_set import ImageSet, outputs_of
 from exporter.onnx_kernels import OnnxKernels
@@ -126,11 +126,8 @@ def open_quantizer(
     Raises:
         InputError: if an image cannot be read; if an option fits no such graph, or names no node.
     """
-    known = {node.name for node in quantizable(model)}
-    if unknown := sorted(set(options.keep_float) - known):
-        raise InputError(
-            f"no convolution is called {', '.join(unknown)}; known: {', '.join(sorted(known))}"
-        )
+    known = (node.name for node in quantizable(model))
+    require_nodes(options.keep_float, known, "convolution")
     if chain is not None:
         return _ChainQuantizer(model, chain, images, options, progress)
     if options.power_of_two:
@@ -206,10 +203,12 @@ class _ClipQuantizer:
     ) -> None:
         self._model, self._images, self._options = model, images, options
         self._observers = observe_images(model, images, progress)
+        # Hashes every image: once, not for each recipe.
+        self._data = images.to_json()
 
     def make(self, recipe: Recipe, kept_half: Sequence[str] = ()) -> Quantized:
         preprocess = self._options.preprocess
-        table = table_by(str(recipe), self._observers, self._model, self._images, preprocess)
+        table = table_by(str(recipe), self._observers, self._model, self._data, preprocess)
         _require_half_fits(self._model, self._images, kept_half)
         graph = self._graph(table, {*self._options.keep_float, *kept_half})
         table = replace(table, options=self._options.to_json(kept_half))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from calibration.recipe import RecipeOptions, requantize
 from calibration.table import IMPORTED, CalibrationTable
 from exporter.chain_quantizer import Sampler, integer_graph
 from exporter.errors import InputError
+from exporter.graph import graph_sha256
 from exporter.half_nodes import in_half
 from exporter.image_set import ImageSet
 from exporter.onnx_kernels import OnnxKernels
@@ -56,7 +56,7 @@ def require_binding(
         InputError: naming everything that differs.
     """
     differs = []
-    if hashlib.sha256(model.SerializeToString()).hexdigest() != table.source_sha256:
+    if graph_sha256(model) != table.source_sha256:
         differs.append("the network (or how it was exported)")
     if images is not None and images.to_json()["sha256"] != table.data_sha256:
         differs.append("the calibration images")

@@ -11,7 +11,6 @@ They are respected, never replaced. What is checked is whether they can be meant
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -23,7 +22,7 @@ from calibration.observer import TensorObserver
 from calibration.table import IMPORTED, CalibrationTable, TensorRange
 from calibration.threshold import LEVELS
 from exporter.errors import InputError
-from exporter.graph import boundary_tensors, quantizable
+from exporter.graph import boundary_tensors, graph_sha256, quantizable
 from exporter.quantize import RoundedWeight, quantize
 
 MIN_LARGEST_LEVEL = 64
@@ -99,7 +98,7 @@ def quantize_trained(
         method=IMPORTED,
         activation_scales=chosen,
         ranges={name: _range(scale, (observers or {}).get(name)) for name, scale in chosen.items()},
-        onnx_sha256=hashlib.sha256(model.SerializeToString()).hexdigest(),
+        onnx_sha256=graph_sha256(model),
         data_sha256=scales.sha256,
         image_count=image_count,
         preprocess=preprocess.to_json() if preprocess else {},

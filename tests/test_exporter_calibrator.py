@@ -44,7 +44,8 @@ PREPROCESS = Preprocess(image_size=(8, 8), crop_fraction=1.0)
 def calibrate(
     model: onnx.ModelProto, data: ArrayImages | FolderImages, method: str, preprocess: Preprocess
 ) -> CalibrationTable:
-    return table_by(method, observe_images(model, data), model, data, preprocess)
+    observers = observe_images(model, data)
+    return table_by(method, observers, model, data.to_json(), preprocess)
 
 
 def graph(**replaced: np.ndarray) -> onnx.ModelProto:

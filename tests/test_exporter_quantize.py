@@ -330,7 +330,7 @@ def a0() -> tuple[onnx.ModelProto, CalibrationTable]:
         bundled.calibration_images, preprocess, "calibration", count=64, skip_bad=False
     )
     observers = observe_images(model, folder)
-    return model, table_by("mse", observers, model, folder, preprocess)
+    return model, table_by("mse", observers, model, folder.to_json(), preprocess)
 
 
 def test_the_bundled_a0_keeps_25_db(a0: tuple[onnx.ModelProto, CalibrationTable]) -> None:
@@ -447,7 +447,8 @@ def test_a_general_quantized_graph_stays_close() -> None:
         generator.standard_normal((16, 5, 6)).astype(np.float32),
     )
     data = ArrayImages.of(*batch)
-    scales = table_by("mse", observe_images(general(), data), general(), data, None)
+    observers = observe_images(general(), data)
+    scales = table_by("mse", observers, general(), data.to_json(), None)
     expected = OnnxRunner(general()).run(batch)
     actual = OnnxRunner(quantize(general(), scales)).run(batch)
     for name, values in expected.items():

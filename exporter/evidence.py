@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from typing import Any
 
@@ -23,6 +24,21 @@ from exporter.spec import ExportSpec
 REFERENCE_IMAGES = 8
 TENSORRT_CACHE_VERSION = "10.3.0"
 """The TensorRT of JetPack 6, whose DLA still reads calibration caches."""
+
+
+def graph_metadata(spec: ExportSpec, inputs: Inputs) -> dict[str, str]:
+    """What a graph must carry to be used and traced without its bundle; texts by key."""
+    origin, preprocess = inputs.source.origin, inputs.preprocess
+    classes = inputs.source.class_names
+    found = {
+        "network": spec.title,
+        "variant": spec.variant.name if spec.variant else None,
+        "num_classes": inputs.interface.num_classes,
+        "class_names": json.dumps(list(classes)) if classes else None,
+        "weights_sha256": origin.get("sha256"),
+        "preprocess": json.dumps(preprocess.to_json()) if preprocess else None,
+    }
+    return {key: str(value) for key, value in found.items() if value is not None}
 
 
 def write_evidence(

@@ -18,6 +18,7 @@ from torch import nn
 
 from exporter import bundle as files
 from exporter import contract, report
+from exporter.annotation import Description, annotate, annotate_precision
 from exporter.bundle import Bundle, BundleWriter
 from exporter.contract import ContractVerdict
 from exporter.devices import resolve_targets
@@ -28,7 +29,7 @@ from exporter.engine import (
     check_engine,
     engine_not_run_reason,
 )
-from exporter.evidence import manifest, write_evidence
+from exporter.evidence import graph_metadata, manifest, write_evidence
 from exporter.fused_blocks import Fused, expected_blocks, fuse
 from exporter.graph import pointwise_convolutions, quantizable
 from exporter.inputs import Inputs, prepare
@@ -113,11 +114,15 @@ def run(
             fused = _reparameterize(inputs, judge)
         model, verdict = _export(spec, inputs, fused.module, judge, clock)
         precise = apply_precision(spec, inputs, model, judge, clock.stage)
+        kept = {*spec.keep_float, *precise.kept_half, *precise.kept_float}
         onnx.save(precise.model, writer.path(files.MODEL))
         graph_path = writer.path(files.MODEL)
         if spec.precision is not Precision.FP32:
             graph_path = writer.path(f"model.{spec.precision}.onnx")
-            onnx.save(precise.graph, graph_path)
+            words = annotate_precision(
+                precise.graph, str(spec.precision), table=precise.table, kept=kept
+            )
+            onnx.save(words, graph_path)
         request = BuildRequest(
             onnx_path=graph_path,
             precision=spec.precision,
@@ -131,7 +136,6 @@ def run(
         built = None
         if backend is not None and decision.build_here:
             with clock.stage("engine") as advance:
-                kept = {*spec.keep_float, *precise.kept_half, *precise.kept_float}
                 built = _build(backend, request, model, advance, kept=kept)
         deferred = defer(decision, _engine_build(spec, inputs))
         engine = EngineOutcome(built=built, deferred=deferred)
@@ -175,12 +179,7 @@ def _reparameterize(inputs: Inputs, judge: Judge) -> Fused:
 def _export(
     spec: ExportSpec, inputs: Inputs, fused: nn.Module, judge: Judge, clock: _Clock
 ) -> tuple[onnx.ModelProto, ContractVerdict]:
-    preprocess = inputs.preprocess
-    metadata = {
-        "variant": spec.variant.name if spec.variant else spec.title,
-        "weights_sha256": str(inputs.source.origin.get("sha256")),
-        "preprocess": files.dumps(preprocess.to_json() if preprocess else None),
-    }
+    metadata = graph_metadata(spec, inputs)
     plain = fused if isinstance(fused, RepVGG) and _is_plain(spec) else None
     with clock.stage("export"):
         if plain is not None:
@@ -195,9 +194,13 @@ def _export(
         judge.check("simplified", OnnxRunner(model).run)
         if plain is not None:
             verdict = contract.require(model, plain.variant, plain.num_classes)
+            blocks = {f"{layer.name}.weight": layer.name for layer in plain.variant.layers}
         else:
-            verdict = contract.require_blocks(model, expected_blocks(fused), spec.title)
-    return model, verdict
+            expected = expected_blocks(fused)
+            verdict = contract.require_blocks(model, expected, spec.title)
+            blocks = {block.weight: name for name, block in expected.items()}
+    description = Description(title=spec.title, metadata=metadata, blocks=blocks)
+    return annotate(model, description), verdict
 
 
 def _is_plain(spec: ExportSpec) -> bool:

@@ -124,6 +124,27 @@ def test_the_calibration_table_and_cache_agree_and_belong_to_the_graph(bundles):
     assert cache.startswith("TRT-100300-EntropyCalibration2\n")
 
 
+def test_both_graphs_say_what_they_are(bundles):
+    """Node descriptions, and metadata that a program can use without the bundle."""
+    out, _ = bundles("int8")
+    manifest = json.loads((out / "manifest.json").read_text())
+    plain, precise = onnx.load(out / "model.onnx"), onnx.load(out / "model.int8.onnx")
+    for model in (plain, precise):
+        found = {entry.key: entry.value for entry in model.metadata_props}
+        assert ("A0", "10") == (found["variant"], found["num_classes"])
+        assert manifest["weights"]["sha256"] == found["weights_sha256"]
+        assert manifest["preprocess"] == json.loads(found["preprocess"])
+        assert manifest["class_names"] == json.loads(found["class_names"])
+        words = {node.name: node.doc_string for node in model.graph.node}
+        assert (
+            "3x3 convolution, 3 -> 48 channels, stride 2; all branches of block stage0 in one "
+            "kernel"
+        ) == words["stage0.conv"]
+    assert "22 of them fused RepVGG blocks" in plain.graph.doc_string
+    assert manifest["calibration"]["sha256"] == found["calibration_sha256"]
+    assert "clipped at" in words["images.q"]
+
+
 def test_the_user_is_told_that_the_bundled_weights_were_used_and_how_to_pass_others(bundles):
     """One note says so, in the JSON result and in the manifest."""
     out, process = bundles("int8")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import onnx
 
+from calibration.cache_text import CalibrationTableError, parse_cache_text
 from exporter.errors import InputError
 from exporter.image_set import ArrayImages
 from exporter.inputs import Inputs
 from exporter.judge import Judge
 from exporter.onnx_runner import Batch, OnnxRunner, Outputs, Runner
 from exporter.precision_stage import Precise, Stage
-from exporter.prologue import Prologue, require_prologue, with_prologue
+from exporter.prologue import Prologue, normalized, require_prologue, with_prologue
 from exporter.source import Source
 from exporter.spec import ExportSpec, Precision
 
@@ -24,7 +26,8 @@ def choose_prologue(spec: ExportSpec, inputs: Inputs) -> Prologue | None:
 
     Raises:
         InputError: if the network takes something else than one RGB image, or nobody says how its
-            images are normalized, or the images to compare on are no normalized pixels.
+            images are normalized, or the images to compare on are no normalized pixels, or a
+            calibration cache is of a graph without prologue.
     """
     if spec.with_preprocess is None:
         return None
@@ -48,7 +51,22 @@ def choose_prologue(spec: ExportSpec, inputs: Inputs) -> Prologue | None:
         )
     prologue = Prologue(layout=spec.with_preprocess, preprocess=inputs.preprocess)
     prologue.pixels(next(inputs.evaluation.batches()))
+    if spec.build.calibration_cache is not None:
+        _require_cache(spec.build.calibration_cache, port.name)
     return prologue
+
+
+def _require_cache(path: Path, name: str) -> None:
+    """Implicit INT8 would leave the first convolution in float, for lack of a scale."""
+    try:
+        scales = parse_cache_text(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, CalibrationTableError) as error:
+        raise InputError(f"calibration cache {path} cannot be used: {error}") from error
+    if name in scales:
+        raise InputError(
+            f"calibration cache {path} has a scale for {name}, which takes pixels, in place of "
+            f"{normalized(name)}: it is of an export without {_OPTION}"
+        )
 
 
 def is_stated(spec: ExportSpec, source: Source) -> bool:

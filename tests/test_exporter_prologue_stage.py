@@ -68,9 +68,9 @@ def exported(network: RepVGG, images: np.ndarray, tmp_path_factory: pytest.TempP
         return export(
             network,
             example_input=torch.zeros(1, 3, 32, 32),
-            targets="sm86",
             out=folder / name,
             **{
+                "targets": "sm86",
                 "calibration": images,
                 "min_agreement": 0.0,
                 "preprocess": str(stated),
@@ -240,6 +240,25 @@ def test_open_sizes_are_compared_on_whole_pixels(exported, images) -> None:
     assert bundle.run(np.zeros((2, 40, 48, 3), np.uint8)).shape == (2, 6)
     engine = json.loads((bundle.path / "engine.json").read_text())
     assert engine["convolutions"]["total"] == engine["convolutions"]["float"]
+
+
+def test_a_cache_of_a_graph_without_prologue_is_refused(
+    exported, bundle: Bundle, plain: Bundle, images: np.ndarray, tmp_path: Path
+) -> None:
+    """Before anything is built; one that cannot be read is refused as well."""
+    cache = plain.path / "calibration.cache"
+    wanted = {"with_preprocess": "nhwc", "targets": "sm87"}
+    with pytest.raises(InputError) as refusal:
+        exported("cache", calibration_cache=str(cache), **wanted)
+    assert (
+        f"calibration cache {cache} has a scale for images, which takes pixels, in place of "
+        "images.normalized: it is of an export without --with-preprocess"
+    ) == str(refusal.value)
+    with pytest.raises(InputError, match=r"calibration cache .*absent cannot be used: "):
+        exported("cache", calibration_cache=str(tmp_path / "absent"), **wanted)
+    own = bundle.path / "calibration.cache"
+    made = exported("cache", calibration_cache=str(own), **wanted)
+    assert "deferred" == json.loads((made.path / "engine.json").read_text())["status"]
 
 
 class Blind(nn.Module):

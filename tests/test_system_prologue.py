@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,38 +17,52 @@ from models.registry import bundled_weights
 OPERATORS = ["Cast", "Sub", "Mul", "Transpose"]
 
 
-def made(command, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def made(command, out: Path, *options: str) -> Bundle:
     """A small export of the bundled A0."""
     process = command(
-        "engine", "A0", "--image-size", "32", "--evaluation-images", "64", "--calib-images", "64",
-        "--target", "sm86", "--out", str(out), "--json", *options,
+        "engine", "A0", "--evaluation-images", "64", "--calib-images", "64", "--target", "sm86",
+        "--min-agreement", "0.9", "--out", str(out), *options,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
-    return process
+    return Bundle.load(out)
+
+
+@pytest.fixture(scope="module")
+def plain(command, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
+    """``plain("int8")`` -> the bundle without a prologue."""
+    folder = tmp_path_factory.mktemp("plain")
+    found: dict[str, Bundle] = {}
+
+    def bundle(precision: str) -> Bundle:
+        if precision not in found:
+            options = ("--image-size", "32", "--precision", precision)
+            found[precision] = made(command, folder / precision, *options)
+        return found[precision]
+
+    return bundle
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["int8", "fp16"])
-@pytest.mark.parametrize(("words", "layout"), [([], "nhwc"), (["nchw"], "nchw")])
-def test_a0_takes_pixels_in_both_layouts(command, tmp_path, precision, words, layout):
+@pytest.mark.parametrize("words", [[], ["nchw"]], ids=["nhwc", "nchw"])
+def test_a0_takes_pixels_in_both_layouts(command, tmp_path, plain, precision, words):
     """Both graphs pass on uint8, the engine has the kernels that it has without, and it is used."""
-    options = ("--precision", precision, "--min-agreement", "0.9")
-    made(command, tmp_path / "plain", *options)
-    made(command, tmp_path / "b", *options, "--with-preprocess", *words)
-    bundle, plain = Bundle.load(tmp_path / "b"), Bundle.load(tmp_path / "plain")
+    options = ("--image-size", "32", "--precision", precision, "--with-preprocess", *words)
+    bundle, without = made(command, tmp_path / "b", *options), plain(precision)
+    layout = words[0] if words else "nhwc"
     (port,) = bundle.manifest["inputs"]
     assert ("uint8", layout) == (port["dtype"], port["layout"])
     assert (OPERATORS if layout == "nhwc" else OPERATORS[:-1]) == (
         bundle.manifest["contract"]["prologue"]
     )
     rows = {row["stage"]: row for row in bundle.parity["stages"]}
-    before = {row["stage"]: row for row in plain.parity["stages"]}
+    before = {row["stage"]: row for row in without.parity["stages"]}
     for stage in ("simplified", precision):
         assert ("pass", before[stage]["tolerance"]) == (
             rows[stage]["status"], rows[stage]["tolerance"],
         )  # fmt: skip
     found, expected = (
-        json.loads((made.path / "engine.json").read_text()) for made in (bundle, plain)
+        json.loads((which.path / "engine.json").read_text()) for which in (bundle, without)
     )
     assert expected["per_target"] == found["per_target"]
     assert 22 == found["convolutions"]["int8" if precision == "int8" else "half"]
@@ -83,20 +97,19 @@ def used_on_the_device(command, bundle: Bundle, data: Path) -> None:
 @pytest.mark.slow
 def test_open_sizes_are_built_for_pixels(command, tmp_path):
     """Batch, height and width of [N, H, W, 3] have their profile in the engine."""
-    options = ("--dynamic-size", "32:32:64", "--image-size", "32", "--min-agreement", "0.5")
-    made(command, tmp_path / "b", *options, "--with-preprocess", "--precision", "int8")
-    bundle = Bundle.load(tmp_path / "b")
+    options = ("--dynamic-size", "64:96:128", "--precision", "int8", "--with-preprocess")
+    bundle = made(command, tmp_path / "b", *options)
     assert ["batch", "height", "width", 3] == bundle.manifest["inputs"][0]["shape"]
     engine = json.loads((bundle.path / "engine.json").read_text())
     assert {"total": 22, "int8": 22, "half": 0, "float": 0} == engine["convolutions"]
-    assert bundle.run(np.zeros((1, 48, 33, 3), np.uint8)).shape == (1, 10)
+    assert bundle.run(np.zeros((1, 72, 65, 3), np.uint8)).shape == (1, 10)
 
 
 @pytest.mark.slow
 def test_the_bundles_preprocessing_gives_its_pixels(command, tmp_path):
     """What reference.npz holds is what Preprocess.pixels makes of the image files."""
-    made(command, tmp_path / "b", "--precision", "fp32", "--with-preprocess")
-    bundle = Bundle.load(tmp_path / "b")
+    options = ("--image-size", "32", "--precision", "fp32", "--with-preprocess")
+    bundle = made(command, tmp_path / "b", *options)
     preprocess = Preprocess.from_json(bundle.manifest["preprocess"])
     files = sorted(bundled_weights("A0").test_images.rglob("*.png"))
     known = {preprocess.pixels(Image.open(path)).tobytes() for path in files}

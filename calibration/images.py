@@ -20,6 +20,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 FloatArray = npt.NDArray[np.float32]
+PixelArray = npt.NDArray[np.uint8]
 
 IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
@@ -85,7 +86,15 @@ class Preprocess:
             raise ValueError("; ".join(complaints))
 
     def __call__(self, image: Image.Image) -> FloatArray:
-        """Return ``[3, H, W]`` float32 in RGB order.
+        """Return ``[3, H, W]`` float32 in RGB order: :meth:`normalize` of :meth:`pixels`.
+
+        Raises:
+            ImageDataError: as :meth:`pixels`.
+        """
+        return self.normalize(self.pixels(image))
+
+    def pixels(self, image: Image.Image) -> PixelArray:
+        """The resized and cropped image, ``[H, W, 3]`` RGB, 0 to 255.
 
         Raises:
             ImageDataError: for images of more than 8 bits a channel, and for slivers whose resized
@@ -105,10 +114,18 @@ class Preprocess:
         if (resized_w, resized_h) != rgb.size:
             rgb = rgb.resize((resized_w, resized_h), _INTERPOLATIONS[self.interpolation])
         left, top = round((resized_w - width) / 2), round((resized_h - height) / 2)
-        pixels = np.asarray(rgb.crop((left, top, left + width, top + height)), dtype=np.float32)
+        return np.asarray(rgb.crop((left, top, left + width, top + height)), dtype=np.uint8)
+
+    def normalize(self, pixels: PixelArray) -> FloatArray:
+        """``[..., H, W, 3]`` of 0 to 255 as the network's ``[..., 3, H, W]`` float32."""
         mean, std = np.array([self.mean, self.std], dtype=np.float32)
-        normalized = (pixels / np.float32(255) - mean) / std
-        return np.ascontiguousarray(normalized.transpose(2, 0, 1), dtype=np.float32)
+        normalized = (pixels.astype(np.float32) / np.float32(255) - mean) / std
+        return np.ascontiguousarray(np.moveaxis(normalized, -1, -3), dtype=np.float32)
+
+    def denormalize(self, images: FloatArray) -> npt.NDArray[np.float64]:
+        """The inverse of :meth:`normalize`: ``[..., H, W, 3]`` on 0 to 255, not rounded."""
+        values = np.moveaxis(images.astype(np.float64), -3, -1)
+        return np.asarray(255 * (values * np.array(self.std) + np.array(self.mean)))
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dictionary; :meth:`from_json` reads it back unchanged."""
@@ -224,9 +241,18 @@ def load_image(path: Path, preprocess: Preprocess) -> FloatArray:
     Raises:
         ImageDataError: naming the file, if it cannot be decoded whole.
     """
+    return preprocess.normalize(load_pixels(path, preprocess))
+
+
+def load_pixels(path: Path, preprocess: Preprocess) -> PixelArray:
+    """Decode one file to ``[H, W, 3]`` uint8, resized and cropped but not normalized.
+
+    Raises:
+        ImageDataError: as :func:`load_image`.
+    """
     try:
         with Image.open(path) as image:
-            return preprocess(image)
+            return preprocess.pixels(image)
     except ImageDataError as error:
         raise ImageDataError(f"image {path} {error}") from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -189,6 +189,17 @@ class CalibrationTable:
         except (ValueError, RecursionError) as error:
             raise CalibrationTableError(f"calibration table is not JSON: {error}") from error
         return cls.from_json(data)
+
+    def renamed(self, names: Mapping[str, str]) -> CalibrationTable:
+        """The same scales for a graph in which these tensors have other names; old to new."""
+        return replace(
+            self,
+            activation_scales={
+                names.get(name, name): scale for name, scale in self.activation_scales.items()
+            },
+            ranges={names.get(name, name): found for name, found in self.ranges.items()},
+            unsigned=frozenset(names.get(name, name) for name in self.unsigned),
+        )
 
     def to_cache_text(self, version: str) -> str:
         """TensorRT's calibration cache, tensors sorted by name; see :func:`cache_text`.

@@ -24,6 +24,7 @@ import numpy as np
 
 from exporter.errors import InputError
 from exporter.onnx_runner import FloatArray, OnnxRunner, fits
+from exporter.pixel_input import FLOAT
 
 Arrays = Any
 """One float32 array, or several: a tuple of inputs, a dict of outputs by name.
@@ -254,7 +255,8 @@ class Bundle:
         """The network's outputs, by ONNX Runtime on the CPU.
 
         ``inputs`` is one preprocessed float32 array ``[N, ...]``, or a tuple of them in the order
-        of the manifest's ``inputs``. One output comes as an array, several as a dict of them.
+        of the manifest's ``inputs``; where these say so, uint8 pixels. One output comes as an
+        array, several as a dict of them.
 
         Raises:
             InputError: for another number of inputs, shape or data type.
@@ -267,17 +269,20 @@ class Bundle:
 
     def _require_inputs(self, batch: tuple[FloatArray, ...]) -> None:
         if "inputs" in self.manifest:
-            shapes = [port["shape"][1:] for port in self.manifest["inputs"]]
+            ports = self.manifest["inputs"]
         else:
-            shapes = [[3, *self.manifest["preprocess"]["image_size"]]]
+            ports = [{"shape": ["batch", 3, *self.manifest["preprocess"]["image_size"]]}]
+        shapes = [port["shape"][1:] for port in ports]
         if len(batch) != len(shapes):
             names = ", ".join(self._names("inputs", "images"))
             raise InputError(f"{len(batch)} arrays were passed, expected {len(shapes)}: {names}")
-        for array, wanted in zip(batch, shapes, strict=True):
-            if not fits(array, wanted) or not len(array) == len(batch[0]) > 0:
+        for array, wanted, port in zip(batch, shapes, ports, strict=True):
+            dtype = port.get("dtype", FLOAT)
+            if not fits(array, wanted, dtype) or not len(array) == len(batch[0]) > 0:
+                pixels = ", RGB pixels that are not normalized," if "layout" in port else ""
                 raise InputError(
-                    f"input is {array.dtype} {list(array.shape)}, expected float32 "
-                    f"[N, {', '.join(map(str, wanted))}] with N at least 1"
+                    f"input is {array.dtype} {list(array.shape)}, expected {dtype} "
+                    f"[N, {', '.join(map(str, wanted))}]{pixels} with N at least 1"
                 )
 
 

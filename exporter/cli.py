@@ -116,6 +116,8 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
     add("--dynamic-size", metavar="MIN:OPT:MAX",
         help="leave height and width open, or each: MIN:OPT:MAXxMIN:OPT:MAX")  # fmt: skip
     add("--preprocess", metavar="FILE", help="imagenet, a JSON file or another bundle's manifest")
+    add("--with-preprocess", nargs="?", const="nhwc", metavar="LAYOUT",
+        help="normalize in the graph: it takes uint8 pixels, nhwc (default) or nchw")  # fmt: skip
     add("--out", metavar="DIR", help="bundle folder (default: build/MODEL-PRECISION)")
     add("--skip-bad-images", action="store_true", help="leave unreadable images out and count them")
     add("--min-sqnr", dest="min_sqnr_db", type=float, metavar="DB",

@@ -6,10 +6,18 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from calibration.images import ImageDataError, ImageFolder, Preprocess, load_image
+from calibration.images import (
+    ImageDataError,
+    ImageFolder,
+    Preprocess,
+    load_image,
+    load_pixels,
+)
 from exporter.bundle import MANIFEST, Bundle, file_sha256
 from exporter.device import (
     BundleRunner,
@@ -22,6 +30,9 @@ from exporter.device import (
 from exporter.device.accuracy import TOP, Evaluation, Labels, Shard, ranks
 from exporter.errors import GateFailedError, InputError
 from exporter.onnx_runner import FloatArray
+from exporter.pixel_input import Layout, recorded_layout
+
+InputArray = npt.NDArray[Any]
 
 
 def evaluate(
@@ -53,7 +64,7 @@ def evaluate(
     names, labels = _labels(bundle, images)
     chosen = range(shard.index - 1, len(images.files), shard.count)
     counts = _Counts()
-    reader = _Reader(preprocess, skip_bad_images)
+    reader = _Reader(preprocess, skip_bad_images, recorded_layout(bundle.manifest))
     with open_runner(bundle, backend, threads=threads) as runner:
         start = time.perf_counter()
         files = [(images.files[index], int(labels[index])) for index in chosen]
@@ -96,22 +107,26 @@ class _Counts:
 
 
 class _Reader:
-    """Files -> batches; counts what it had to leave out."""
+    """Files -> batches, of pixels if there is a ``layout``; counts what it had to leave out."""
 
-    def __init__(self, preprocess: Preprocess, skip_bad_images: bool) -> None:
+    def __init__(
+        self, preprocess: Preprocess, skip_bad_images: bool, layout: Layout | None
+    ) -> None:
         self._preprocess = preprocess
         self._skip = skip_bad_images
+        self._layout = layout
         self.skipped = 0
 
     def batches(
         self, files: Sequence[tuple[Path, int]], size: int
-    ) -> Iterator[tuple[FloatArray, Labels]]:
+    ) -> Iterator[tuple[InputArray, Labels]]:
         """At most ``size`` images a batch, and their labels."""
-        pixels: list[FloatArray] = []
+        load = load_image if self._layout is None else load_pixels
+        pixels: list[InputArray] = []
         labels: list[int] = []
         for path, label in files:
             try:
-                pixels.append(load_image(path, self._preprocess))
+                pixels.append(load(path, self._preprocess))
             except ImageDataError as error:
                 if not self._skip:
                     advice = "--skip-bad-images leaves such files out"
@@ -120,10 +135,14 @@ class _Reader:
                 continue
             labels.append(label)
             if len(pixels) == size:
-                yield np.stack(pixels), np.array(labels, dtype=np.int64)
+                yield self._stack(pixels), np.array(labels, dtype=np.int64)
                 pixels, labels = [], []
         if pixels:
-            yield np.stack(pixels), np.array(labels, dtype=np.int64)
+            yield self._stack(pixels), np.array(labels, dtype=np.int64)
+
+    def _stack(self, images: Sequence[InputArray]) -> InputArray:
+        batch = np.stack(images)
+        return batch if self._layout is None else self._layout.arranged(batch)
 
 
 def _preprocess(bundle: Bundle) -> Preprocess:
@@ -167,7 +186,7 @@ def _labels(bundle: Bundle, folder: ImageFolder) -> tuple[tuple[str, ...], Label
     return names, np.array([index[name] for name in found], dtype=np.int64)
 
 
-def _logits(bundle: Bundle, runner: BundleRunner, pixels: FloatArray, classes: int) -> FloatArray:
+def _logits(bundle: Bundle, runner: BundleRunner, pixels: InputArray, classes: int) -> FloatArray:
     outputs = runner.run((pixels,))
     logits = outputs[output_names(bundle)[0]]
     if logits.shape != (len(pixels), classes):

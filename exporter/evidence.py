@@ -18,6 +18,7 @@ from exporter.inputs import Inputs
 from exporter.judge import Judge
 from exporter.network import Interface, multiply_accumulates
 from exporter.plan_engine import EngineOutcome
+from exporter.prologue import Prologue, normalized
 from exporter.provenance import created, versions
 from exporter.spec import ExportSpec
 
@@ -47,6 +48,8 @@ def write_evidence(
     judge: Judge,
     engine: EngineOutcome,
     table: CalibrationTable | None,
+    *,
+    prologue: Prologue | None,
 ) -> None:
     writer.write_text(files.ENGINE_SUMMARY, files.dumps(engine.to_json()))
     if engine.built is not None:
@@ -54,10 +57,19 @@ def write_evidence(
         writer.write_text(files.BUILD_LOG, engine.built.build_log)
     if table is not None:
         writer.write_text(files.CALIBRATION, table.dumps())
-        writer.write_text(files.CALIBRATION_CACHE, table.to_cache_text(TENSORRT_CACHE_VERSION))
+        # Builders without Q/DQ read model.onnx, behind whose prologue tensors have other names.
+        own = (
+            table
+            if prologue is None
+            else table.renamed(
+                {port.name: normalized(port.name) for port in inputs.interface.inputs}
+            )
+        )
+        writer.write_text(files.CALIBRATION_CACHE, own.to_cache_text(TENSORRT_CACHE_VERSION))
     (sample, *_) = judge.samples(REFERENCE_IMAGES)
     ports = inputs.interface
-    arrays = {port.name: array for port, array in zip(ports.inputs, sample, strict=True)}
+    given = sample if prologue is None else prologue.pixels(sample)
+    arrays = {port.name: array for port, array in zip(ports.inputs, given, strict=True)}
     for port in ports.outputs:
         arrays[port.name] = judge.original[port.name][: len(sample[0])]
     np.savez(writer.path(files.REFERENCE), **arrays)  # type: ignore[arg-type]
@@ -71,6 +83,7 @@ def manifest(
     *,
     fused: Fused,
     verdict: ContractVerdict,
+    prologue: Prologue | None,
     recipe: str | None,
     notes: tuple[str, ...],
 ) -> dict[str, Any]:
@@ -83,14 +96,20 @@ def manifest(
     return {
         "created": created(),
         "model": _model(spec, inputs.interface, fused.module),
-        "inputs": [port.to_json() for port in interface.inputs],
+        "inputs": [
+            prologue.port(port.name, port.shape) if prologue else port.to_json()
+            for port in interface.inputs
+        ],
         "outputs": [port.to_json() for port in interface.outputs],
         "class_names": list(source.class_names) if source.class_names else None,
         "weights": source.origin,
         "calibration": calibration,
         "evaluation": inputs.evaluation.to_json(),
         "preprocess": inputs.preprocess.to_json() if inputs.preprocess else None,
-        "contract": verdict.to_json(),
+        "contract": {
+            **verdict.to_json(),
+            "prologue": list(prologue.operators) if prologue else [],
+        },
         "reparameterization": {
             "blocks": [asdict(block) for block in fused.blocks],
             "worst_block": worst.name if worst else None,

@@ -14,6 +14,7 @@ from exporter.ledger import Ledger, MixedPrecision, Rung
 from exporter.network import Interface, resized, torch_runner
 from exporter.onnx_runner import BATCH_SIZE, Batch, Outputs, Runner
 from exporter.parity import Gate, StageResult
+from exporter.prologue import Prologue
 from exporter.source import Source
 from exporter.spec import ExportSpec
 
@@ -28,13 +29,20 @@ UNQUANTIZED = "original without its quantizers"
 class Judge:
     """Holds the original's outputs and the ledger; refuses a stage that fails its gate.
 
-    With a dynamic size the first batch is compared at the profile's smallest and largest size too.
+    With a dynamic size the first batch is compared at the profile's smallest and largest size too,
+    rounded to whole pixels where a ``prologue`` will ask for such.
     """
 
     def __init__(
-        self, spec: ExportSpec, source: Source, images: ImageSet, interface: Interface
+        self,
+        spec: ExportSpec,
+        source: Source,
+        images: ImageSet,
+        interface: Interface,
+        prologue: Prologue | None = None,
     ) -> None:
         self._images = images
+        self._prologue = prologue
         self._spec = spec
         self._interface = interface
         self._count = images.count
@@ -80,7 +88,7 @@ class Judge:
         """Everything that each stage is run on."""
         yield from self._own_batches()
         for sides in self._further_sizes():
-            yield resized(self.first_batch(), sides, self._interface)
+            yield self._resized(self.first_batch(), sides)
 
     def _own_batches(self) -> Iterator[Batch]:
         return itertools.islice(self._images.batches(), self._limit)
@@ -88,7 +96,11 @@ class Judge:
     def samples(self, count: int) -> list[Batch]:
         """The first ``count`` images, in each size."""
         batch = tuple(array[:count] for array in self.first_batch())
-        return [batch, *(resized(batch, sides, self._interface) for sides in self._further_sizes())]
+        return [batch, *(self._resized(batch, sides) for sides in self._further_sizes())]
+
+    def _resized(self, batch: Batch, sides: tuple[int, int]) -> Batch:
+        found = resized(batch, sides, self._interface)
+        return found if self._prologue is None else self._prologue.whole(found)
 
     def _further_sizes(self) -> list[tuple[int, int]]:
         size = self._spec.dynamic_size
@@ -139,12 +151,12 @@ class Judge:
         advice = "tracing freezes what Python computes from shapes or values" if frozen else ""
         self.add(self.score(stage, run, gate), advice)
 
-    def recheck(self, stage: str, run: Runner) -> None:
-        """Judge a stage again whose graph was replaced by an equal one; the row is replaced too."""
+    def recheck(self, stage: str, run: Runner, gate: Gate | None = None) -> None:
+        """Judge a stage again whose graph was replaced; the row is replaced too."""
         before = self.ledger
         place = [row.stage for row in before.stages].index(stage)
         self.ledger = replace(before, stages=before.stages[:place])
-        self.check(stage, run)
+        self.check(stage, run, gate)
         rows = (*self.ledger.stages, *before.stages[place + 1 :])
         self.ledger = replace(before, stages=rows)
 

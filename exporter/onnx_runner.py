@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     import onnx
 
 FloatArray = npt.NDArray[np.float32]
-Batch = tuple[FloatArray, ...]
-"""One array ``[n, ...]`` for each input of a network, in its order, of the same ``n`` images."""
+Batch = tuple[npt.NDArray[Any], ...]
+"""One array ``[n, ...]`` for each input of a network, in its order, of the same ``n`` images.
+
+Float32, but for graphs that take pixels: these are uint8."""
 
 Outputs = dict[str, FloatArray]
 """Each output of a network by name, in its order: ``[n, ...]``."""
@@ -90,11 +92,13 @@ def _chunks(batch: Batch) -> Iterator[Batch]:
         yield tuple(array[start : start + BATCH_SIZE] for array in batch)
 
 
-def fits(array: FloatArray, extents: Sequence[int | str]) -> bool:
-    """Whether ``array`` is float32 ``[N, *extents]``; a word stands for any extent."""
+def fits(
+    array: npt.NDArray[Any], extents: Sequence[int | str], dtype: npt.DTypeLike = np.float32
+) -> bool:
+    """Whether ``array`` is ``[N, *extents]`` of ``dtype``; a word stands for any extent."""
     found = array.shape[1:]
     return (
-        array.dtype == np.float32
+        array.dtype == np.dtype(dtype)
         and array.ndim == len(extents) + 1
         and all(isinstance(e, str) or e == f for e, f in zip(extents, found, strict=True))
     )

@@ -1,8 +1,8 @@
 """The road from a spec to a published bundle: the only place that knows the order of the stages.
 
-load -> reparameterize -> export -> simplify -> contract -> [calibrate -> Q/DQ | half] -> engine
--> publish. After each of them the ledger compares its outputs with the original network's; the
-first failed gate ends the run and nothing is published.
+load -> reparameterize -> export -> simplify -> contract -> [calibrate -> Q/DQ | half] -> [prologue]
+-> engine -> publish. After each of them the ledger compares its outputs with the original
+network's; the first failed gate ends the run and nothing is published.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ from exporter.onnx_runner import OnnxRunner
 from exporter.plan_commands import EngineBuild, GraphInput
 from exporter.plan_engine import EngineOutcome, choose_backend, decide_engine, defer
 from exporter.precision_stage import apply_precision
+from exporter.prologue import Prologue
+from exporter.prologue_stage import choose_prologue, precede
 from exporter.simplify import simplify
 from exporter.spec import ExportSpec, Precision
 from models.repvgg import RepVGG
@@ -109,11 +111,13 @@ def run(
     with BundleWriter(spec.out) as writer:
         with clock.stage("load"):
             inputs = inputs or prepare(spec)
+            prologue = choose_prologue(spec, inputs)
         with clock.stage("reparameterize"):
-            judge = Judge(spec, inputs.source, inputs.evaluation, inputs.interface)
+            judge = Judge(spec, inputs.source, inputs.evaluation, inputs.interface, prologue)
             fused = _reparameterize(inputs, judge)
         model, verdict = _export(spec, inputs, fused.module, judge, clock)
         precise = apply_precision(spec, inputs, model, judge, clock.stage)
+        precise = precede(precise, prologue, judge, clock.stage, precision=spec.precision)
         kept = {*spec.keep_float, *precise.kept_half, *precise.kept_float}
         onnx.save(precise.model, writer.path(files.MODEL))
         graph_path = writer.path(files.MODEL)
@@ -137,7 +141,7 @@ def run(
         if backend is not None and decision.build_here:
             with clock.stage("engine") as advance:
                 built = _build(backend, request, model, advance, kept=kept)
-        deferred = defer(decision, _engine_build(spec, inputs))
+        deferred = defer(decision, _engine_build(spec, inputs, prologue))
         engine = EngineOutcome(built=built, deferred=deferred)
         judge.skip(
             "engine", deferred.not_run_reason if deferred and not built else engine_not_run_reason()
@@ -145,13 +149,14 @@ def run(
         with clock.stage("publish"):
             notes = inputs.source.notes + inputs.notes + fused.notes + precise.notes + judge.notes
             notes += engine.notes
-            write_evidence(writer, inputs, judge, engine, precise.table)
+            write_evidence(writer, inputs, judge, engine, precise.table, prologue=prologue)
             document = manifest(
                 spec,
                 inputs,
                 engine,
                 fused=fused,
                 verdict=verdict,
+                prologue=prologue,
                 recipe=precise.table.method if precise.table else None,
                 notes=notes,
             )
@@ -207,12 +212,14 @@ def _is_plain(spec: ExportSpec) -> bool:
     return spec.variant is not None and spec.variant.squeeze is Squeeze.NONE
 
 
-def _engine_build(spec: ExportSpec, inputs: Inputs) -> EngineBuild:
+def _engine_build(spec: ExportSpec, inputs: Inputs, prologue: Prologue | None) -> EngineBuild:
     """What whoever builds the engine elsewhere must be told."""
-    ports = inputs.interface.inputs
+    layout = prologue.layout if prologue else None
     return EngineBuild(
         precision=str(spec.precision),
-        inputs=tuple(GraphInput(name=port.name, shape=port.shape) for port in ports),
+        inputs=tuple(
+            GraphInput.of(port.name, port.shape, layout) for port in inputs.interface.inputs
+        ),
         batch=spec.batch,
         size=spec.dynamic_size,
         workspace_mib=spec.workspace_mib,

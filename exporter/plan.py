@@ -15,6 +15,7 @@ from exporter.bundle import Bundle
 from exporter.devices import FULL, RTX, Target, check_dla, resolve_targets
 from exporter.engine import Backend, get_backend
 from exporter.errors import EnvironmentLackError, GateFailedError, InputError
+from exporter.pixel_input import FLOAT, Layout
 from exporter.plan_advice import calibration_warnings, target_notes, target_warnings
 from exporter.plan_commands import BATCH, HEIGHT, WIDTH, EngineBuild, GraphInput, tensorrt_rtx
 from exporter.plan_content import Plan, PlannedCommand, PlannedFile, PlannedStage, PlannedTarget
@@ -63,7 +64,7 @@ def make_plan(
         size = (height, width)
     build = EngineBuild(
         precision=str(spec.precision),
-        inputs=(_images(size, spec.dynamic_size),),
+        inputs=(_images(size, spec.dynamic_size, spec.with_preprocess),),
         batch=spec.batch,
         size=spec.dynamic_size,
         workspace_mib=spec.workspace_mib,
@@ -77,8 +78,9 @@ def make_plan(
     count = count_weights(variant, classes)
     graphs = {files.MODEL: graph_bytes(count, "fp32")}
     graphs[build.graph] = graph_bytes(count, build.precision)
-    values = 3 * size[0] * size[1] + classes
-    sizes: dict[str, int | None] = {**graphs, files.REFERENCE: 4 * REFERENCE_IMAGES * values}
+    image = 3 * size[0] * size[1] * (4 if spec.with_preprocess is None else 1)
+    reference = REFERENCE_IMAGES * (image + 4 * classes)
+    sizes: dict[str, int | None] = {**graphs, files.REFERENCE: reference}
     if build.precision in ONE_BYTE:
         sizes |= dict.fromkeys((files.CALIBRATION, files.CALIBRATION_CACHE))
     sizes |= dict.fromkeys((files.PARITY, files.JUNIT, files.REPORT, files.MANIFEST))
@@ -126,7 +128,9 @@ def plan_bundle(
     build = EngineBuild(
         precision=recorded["precision"],
         inputs=tuple(
-            GraphInput(name=port["name"], shape=tuple(port["shape"]))
+            GraphInput(
+                name=port["name"], shape=tuple(port["shape"]), dtype=port.get("dtype", FLOAT)
+            )
             for port in bundle.manifest["inputs"]
         ),
         batch=BatchProfile.parse(recorded["batch"]),
@@ -246,6 +250,8 @@ def _commands(
     return tuple(commands)
 
 
-def _images(size: tuple[int, int], profile: SizeProfile | None) -> GraphInput:
+def _images(
+    size: tuple[int, int], profile: SizeProfile | None, layout: Layout | None
+) -> GraphInput:
     extents: tuple[int | str, ...] = size if profile is None else (HEIGHT, WIDTH)
-    return GraphInput(name="images", shape=(BATCH, 3, *extents))
+    return GraphInput.of("images", (BATCH, 3, *extents), layout)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from exporter.devices import ARCHITECTURES, precision_advice
+from exporter.pixel_input import DTYPE
 from exporter.plan_commands import EngineBuild, trtexec
 from exporter.plan_content import PlannedTarget
 from exporter.spec import RANDOM, ExportSpec, Precision
@@ -59,6 +60,8 @@ def _dla_warnings(build: EngineBuild) -> Iterator[str]:
             f"a DLA has no dynamic shapes: the commands take batch {build.batch.opt}{size}; "
             f"pass --batch {build.batch.opt} for a bundle that says so"
         )
+    if any(entry.dtype == DTYPE for entry in build.inputs):
+        yield "a DLA takes no uint8 and no float32: the GPU normalizes the pixels"
     if build.precision == "int8":
         version = ".".join(map(str, CACHE_VERSION))
         yield (

@@ -13,6 +13,8 @@ TensorRT       graph                    flags
 On a DLA, TensorRT up to 10.7 takes INT8 from a calibration cache and the float graph; 10.8 to 11.3
 have no DLA; from 11.4 on it takes the strongly typed graph. A DLA has no dynamic shapes.
 
+No line names the data type of an input: ``trtexec`` takes float32 and uint8 as the graph has them.
+
 Sources: "Migrating trtexec Usage" from 8.x to 10.x and from 10.x to 11.x, "Working with DLA" of
 11.4.1, and for ``tensorrt_rtx`` "CPU-Only AOT and TensorRT-RTX Engines" (all docs.nvidia.com).
 """
@@ -22,8 +24,10 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from exporter.devices import Version
+from exporter.pixel_input import DTYPE, FLOAT, Layout
 from exporter.profiles import BatchProfile, SizeProfile
 
 BATCH, HEIGHT, WIDTH = "batch", "height", "width"
@@ -36,6 +40,19 @@ class GraphInput:
 
     name: str
     shape: tuple[int | str, ...]
+    dtype: str = FLOAT
+
+    @classmethod
+    def of(cls, name: str, shape: Sequence[int | str], layout: Layout | None) -> GraphInput:
+        """The input of the network; with a ``layout`` it takes pixels in place of ``shape``."""
+        if layout is None:
+            return cls(name=name, shape=tuple(shape))
+        return cls(name=name, shape=layout.shape(shape), dtype=DTYPE)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields by name; a data type is named where it is not float32."""
+        named = {"dtype": self.dtype} if self.dtype != FLOAT else {}
+        return {"name": self.name, "shape": list(self.shape), **named}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

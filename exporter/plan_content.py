@@ -101,7 +101,7 @@ class Plan:
             "out": self.out,
             "batch": str(build.batch),
             "dynamic_size": None if build.size is None else str(build.size),
-            "inputs": [{"name": i.name, "shape": list(i.shape)} for i in build.inputs],
+            "inputs": [entry.to_json() for entry in build.inputs],
             "dla_core": build.dla_core,
             "stages": [{"stage": stage.name, "what": stage.what} for stage in self.stages],
             "files": [file.to_json() for file in self.files],

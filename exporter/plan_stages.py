@@ -16,6 +16,7 @@ def export_stages(spec: ExportSpec, decision: EngineDecision) -> tuple[PlannedSt
         "export": "write the deploy form as ONNX and compare it with the original",
         "simplify": "fold constants, compare again, check that the graph is plain",
         **_precision(spec),
+        **_prologue(spec),
         "engine": _engine(decision),
         "publish": f"write evidence and hashes and move the bundle to {spec.out}",
     }
@@ -48,6 +49,13 @@ def _precision(spec: ExportSpec) -> dict[str, str]:
         "calibrate": f"observe up to {spec.calibration_images} calibration images ({images})",
         "quantize": f"scales and Q/DQ nodes by {recipe}; compare with the original",
     }
+
+
+def _prologue(spec: ExportSpec) -> dict[str, str]:
+    if spec.with_preprocess is None:
+        return {}
+    what = f"put the normalization of uint8 {spec.with_preprocess} pixels in front; compare again"
+    return {"prologue": what}
 
 
 def _engine(decision: EngineDecision) -> str:

@@ -159,6 +159,11 @@ def _image_size(model: onnx.ModelProto) -> tuple[int, int] | None:
     constants = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in constants]
     shapes = [[dim.dim_value for dim in v.type.tensor_type.shape.dim] for v in inputs]
+    if any(v.type.tensor_type.elem_type == onnx.TensorProto.UINT8 for v in inputs):
+        raise InputError(
+            f"the graph's input {inputs[0].name} is uint8: pass the graph without normalization in "
+            "it, as exported without --with-preprocess"
+        )
     if len(shapes) != 1 or len(shapes[0]) != 4 or shapes[0][1] not in (0, 3):
         found = ", ".join(f"{v.name} {s}" for v, s in zip(inputs, shapes, strict=True))
         raise InputError(f"the graph's inputs are {found}, expected one batch of images")

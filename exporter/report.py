@@ -97,6 +97,7 @@ def _command(spec: Mapping[str, Any]) -> str:
         "evaluation": "--evaluation",
         "target": "--target",
         "preprocess": "--preprocess",
+        "with_preprocess": "--with-preprocess",
         "min_sqnr_db": "--min-sqnr",
         "min_agreement": "--min-agreement",
         "max_drop": "--max-drop",

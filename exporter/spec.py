@@ -22,6 +22,7 @@ from exporter.build_options import (
     Typing,
 )
 from exporter.errors import InputError
+from exporter.pixel_input import Layout
 from exporter.profiles import BatchProfile, SizeProfile, parse_image_size
 from models.registry import bundled_weights, public_repository
 from models.variants import TOTAL_STRIDE, Variant, find_variant
@@ -60,6 +61,7 @@ class Recipe(str, Enum):
 DEFAULT_BATCH = BatchProfile(1, 8, 32)
 RANDOM = "random"
 HUB = "hub"
+_NO_DLA = "--with-preprocess normalizes in float32, which no DLA does: leave --no-gpu-fallback away"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -72,6 +74,7 @@ class ExportSpec:
     ``weights`` is None (the bundled checkpoint), ``random``, ``hub``, ``hub@<commit>`` or a path.
     ``target`` is still text, because which targets exist is the backend's knowledge.
     ``preprocess`` is ``imagenet``, a JSON file, or None (the checkpoint's own, else ImageNet's).
+    ``with_preprocess`` puts normalization into the graphs, which then take uint8 pixels.
     ``recipe`` None is the best that the graph allows; ``keep_float`` names nodes that stay float.
     ``min_sqnr_db`` and ``min_agreement`` replace the default gate of the precision stage;
     ``max_drop`` adds one, in points of top-1. At int8, ``min_sqnr_db`` and ``max_drop`` keep as
@@ -96,6 +99,7 @@ class ExportSpec:
     image_size: tuple[int, int] | None = None
     dynamic_size: SizeProfile | None = None
     preprocess: str | None = None
+    with_preprocess: Layout | None = None
     skip_bad_images: bool = False
     min_sqnr_db: float | None = None
     min_agreement: float | None = None
@@ -124,6 +128,7 @@ class ExportSpec:
             values[key] = str(values[key])
         for key in (
             "recipe",
+            "with_preprocess",
             "out",
             "calibration",
             "calibration_table",
@@ -153,6 +158,7 @@ class ExportRequest:
     image_size: str | None = None
     dynamic_size: str | None = None
     preprocess: str | None = None
+    with_preprocess: str | None = None
     out: str | None = None
     skip_bad_images: bool = False
     min_sqnr_db: float | None = None
@@ -194,6 +200,10 @@ def validate(request: ExportRequest, network: Variant | str | None = None) -> Ex
     precision = parsed(lambda: choice(Precision, "precision", request.precision))
     wanted = request.recipe
     recipe = parsed(lambda: choice(Recipe, "recipe", wanted)) if wanted is not None else None
+    layout = request.with_preprocess
+    pixels = parsed(lambda: choice(Layout, "layout", layout)) if layout is not None else None
+    if pixels is not None and request.dla is not None and not request.gpu_fallback:
+        complaints.append(_NO_DLA)
     build = parsed(lambda: _build_options(request))
     batch = parsed(lambda: BatchProfile.parse(request.batch or str(DEFAULT_BATCH)))
     size = request.image_size
@@ -231,6 +241,7 @@ def validate(request: ExportRequest, network: Variant | str | None = None) -> Ex
         image_size=image_size,
         dynamic_size=dynamic_size,
         preprocess=request.preprocess,
+        with_preprocess=pixels,
         skip_bad_images=request.skip_bad_images,
         min_sqnr_db=request.min_sqnr_db,
         min_agreement=request.min_agreement,

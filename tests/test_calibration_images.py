@@ -55,6 +55,17 @@ def test_an_image_of_the_crop_size_is_only_normalized() -> None:
     np.testing.assert_allclose(found, normalized(np.asarray(image)), atol=2e-6)
 
 
+def test_pixels_are_what_is_normalized() -> None:
+    """Calling is normalize(pixels), one image or many; denormalize is the way back."""
+    preprocess = Preprocess(image_size=(12, 9))
+    images = [picture(40, 30, seed) for seed in range(3)]
+    pixels = np.stack([preprocess.pixels(image) for image in images])
+    assert (np.uint8, (3, 12, 9, 3)) == (pixels.dtype, pixels.shape)
+    expected = np.stack([preprocess(image) for image in images])
+    np.testing.assert_array_equal(expected, preprocess.normalize(pixels))
+    np.testing.assert_allclose(preprocess.denormalize(expected), pixels, rtol=0, atol=1e-4)
+
+
 def test_the_imagenet_default_is_resize_256_and_crop_224() -> None:
     """crop_fraction 0.875 of 224 resizes the shorter edge to 256 and crops the centre."""
     image = picture(400, 300)

@@ -45,6 +45,17 @@ def golden() -> CalibrationTable:
     return table({"relu": float(np.float32(1 / 127)), "images": 0.5})
 
 
+def test_a_table_is_renamed_for_another_graph() -> None:
+    """Scales, ranges and signs go with the names; everything else stays, the table too."""
+    before = table({"images": 0.5, "relu": 0.25}, unsigned=frozenset({"relu"}))
+    found = before.renamed({"images": "x", "relu": "y"})
+    assert {"x": 0.5, "y": 0.25} == found.activation_scales
+    assert {"x": before.ranges["images"], "y": before.ranges["relu"]} == found.ranges
+    assert frozenset({"y"}) == found.unsigned
+    assert found.renamed({"x": "images", "y": "relu"}) == before
+    assert before.renamed({"absent": "x"}) == before
+
+
 @st.composite
 def tables(draw: st.DrawFn) -> CalibrationTable:
     scales = draw(st.dictionaries(NAMES, SCALES, max_size=4))

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exporter.device import engine_ports, engine_runner
-from exporter.device.engine_ports import cut, smallest_cuttable
+from exporter.device.engine_ports import EnginePort, cut, smallest_cuttable
 from exporter.device.engine_runner import EngineRunner
 from exporter.errors import EnvironmentLackError, GateFailedError, InputError
 from exporter.profiles import BatchProfile
@@ -156,6 +156,19 @@ class FakeTensorRt:
         self.memory.bytes[self.addresses["scores"]][: len(values)] = values
         self.executed.append(self.shapes["images"][0])
         return True
+
+
+def test_an_engine_of_pixels_takes_uint8_only():
+    """Of the layout's shape; floats are refused before the GPU sees them."""
+    shape = (1, 4, 4, 3)
+    port = EnginePort(name="images", dtype=np.dtype(np.uint8), smallest=shape, largest=shape)
+    assert port.complaint(np.zeros((1, 4, 4, 3), np.uint8)) is None
+    assert "input images is float32, the engine takes uint8" == port.complaint(
+        np.zeros((1, 4, 4, 3), np.float32)
+    )
+    assert ("input images is [1, 3, 4, 4]: axis 1 is 3, the engine takes 4") == port.complaint(
+        np.zeros((1, 3, 4, 4), np.uint8)
+    )
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import exporter.engine
+from calibration.images import Preprocess
 from exporter.engine import (
     BuildRequest,
     BuiltEngine,
@@ -25,7 +26,9 @@ from exporter.engine import (
 )
 from exporter.engine.build_log import read_layers, read_records
 from exporter.errors import GateFailedError, InputError
+from exporter.pixel_input import Layout
 from exporter.profiles import BatchProfile
+from exporter.prologue import Prologue, with_prologue
 from exporter.spec import Precision
 from models.variants import ConvLayer, find_variant
 
@@ -202,6 +205,20 @@ def test_an_a0_engine_contains_what_was_asked_for(
     assert built.summary.targets == targets
     assert built.plan[:4] == b"vtrt"
     assert built.summary.plan_bytes == len(built.plan)
+
+
+@pytest.mark.parametrize("layout", Layout)
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.FP16, Precision.INT8])
+def test_normalization_in_the_graph_adds_no_kernel(build, precision: Precision, layout: Layout):
+    """Cast, Sub, Mul and Transpose end up in the kernel that casts or quantizes the input."""
+    targets = parse_targets(None, get_backend("auto"), precision)
+    model = repvgg_a0(precision)
+    plain = build(model, precision, targets).summary
+    prologue = Prologue(layout=layout, preprocess=Preprocess())
+    pixels = build(with_prologue(model, prologue), precision, targets).summary
+
+    assert plain.per_target == pixels.per_target
+    check_engine(pixels, precision, CONVOLUTIONS)
 
 
 def test_turing_does_half(build):

@@ -272,6 +272,13 @@ def test_open_extents_come_from_the_profiles():
     assert profile_shapes("image", (-1, 3, 7, 9), REQUEST_SIZED)[0] == [1, 3, 7, 9]
 
 
+def test_pixels_have_their_open_extents_before_the_channels():
+    """[N, H, W, 3], as graphs that take uint8 images have it."""
+    image = profile_shapes("image", (-1, -1, -1, 3), REQUEST_SIZED)
+    assert image == [[1, 8, 8, 3], [2, 16, 8, 3], [4, 24, 8, 3]]
+    assert profile_shapes("image", (-1, 7, 9, 3), REQUEST_SIZED)[0] == [1, 7, 9, 3]
+
+
 def test_other_open_extents_are_refused():
     """Without a size profile height must be fixed; with one, channels must."""
     with pytest.raises(BadInputError, match=r"only the batch may be open"):

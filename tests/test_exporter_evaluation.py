@@ -19,13 +19,15 @@ from exporter.device.accuracy import Evaluation, Shard, merge
 from exporter.engine import driver
 from exporter.errors import EnvironmentLackError, GateFailedError, InputError
 from exporter.evaluation import evaluate
+from exporter.pixel_input import Layout
 from exporter.profiles import BatchProfile
+from exporter.prologue import Prologue, with_prologue
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 NO_DRIVER = "no NVIDIA driver on this machine (libcuda.so.1 does not load)"
 
 
-def colour_bundle(path: Path, **manifest: Any) -> Bundle:
+def colour_bundle(path: Path, prologue: Prologue | None = None, **manifest: Any) -> Bundle:
     """A network whose three logits are the mean red, green and blue."""
     path.mkdir()
     nodes = [
@@ -41,7 +43,7 @@ def colour_bundle(path: Path, **manifest: Any) -> Bundle:
         [numpy_helper.from_array(np.eye(3, dtype=np.float32), "weight")],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    onnx.save(model, path / MODEL)
+    onnx.save(with_prologue(model, prologue) if prologue else model, path / MODEL)
     preprocess = Preprocess(image_size=(8, 8), crop_fraction=1.0, mean=(0, 0, 0), std=(1, 1, 1))
     document = {
         "model": {"num_classes": 3},
@@ -100,6 +102,20 @@ def test_shards_of_a_folder_merge_to_the_folder(bundle: Bundle, data: Path, part
     whole = evaluate(bundle, data, RunBackend.ONNXRUNTIME)
     merged = merge(pieces)
     assert without_time(whole) == dataclasses.replace(merged, shards=whole.shards)
+
+
+@pytest.mark.parametrize("layout", Layout)
+def test_a_network_that_takes_pixels_is_fed_pixels(
+    bundle: Bundle, data: Path, tmp_path: Path, layout: Layout
+):
+    """In its layout, by the same preprocessing; the counts are those of the float network."""
+    prologue = Prologue(
+        layout=layout, preprocess=Preprocess.from_json(bundle.manifest["preprocess"])
+    )
+    ports = [prologue.port("images", ("n", 3, 8, 8))]
+    pixels = colour_bundle(tmp_path / "pixels", prologue=prologue, inputs=ports)
+    found = evaluate(pixels, data, RunBackend.ONNXRUNTIME)
+    assert evaluate(bundle, data, RunBackend.ONNXRUNTIME).confusion == found.confusion
 
 
 def test_without_names_the_folders_are_the_classes_in_order(tmp_path: Path, data: Path):

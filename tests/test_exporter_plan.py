@@ -379,6 +379,34 @@ def test_json_of_a_plan_has_all_of_it():
     assert ("4:4:4", 1) == (content["batch"], content["dla_core"])
 
 
+def test_pixels_are_planned_as_uint8_in_their_layout():
+    """The input, the shapes of every command, the stage and the smaller reference inputs."""
+    made = plan(with_preprocess="nhwc", image_size="96", target="orin,sm86")
+    assert [{"name": "images", "shape": ["batch", 96, 96, 3], "dtype": "uint8"}] == made.to_json()[
+        "inputs"
+    ]
+    lines = [line for line in commands(made).values() if "Shapes" in line]
+    assert len(lines) > 2
+    assert all("--optShapes=images:8x96x96x3" in line for line in lines)
+    (stage,) = (stage for stage in made.stages if stage.name == "prologue")
+    assert "put the normalization of uint8 nhwc pixels in front; compare again" == stage.what
+    floats = plan(image_size="96")
+    assert "prologue" not in {stage.name for stage in floats.stages}
+    sizes = [
+        next(file.bytes for file in p.files if file.name == "reference.npz") for p in (made, floats)
+    ]
+    assert sizes[0] == 8 * (3 * 96 * 96 + 4 * 10)
+    assert sizes[1] == 8 * 4 * (3 * 96 * 96 + 10)
+
+
+def test_a_dla_leaves_pixels_to_the_gpu():
+    """It has neither uint8 nor float32."""
+    words = "a DLA takes no uint8 and no float32: the GPU normalizes the pixels"
+    wanted = {"target": "agx-orin", "batch": "4", "dla_core": 0}
+    assert words in plan(with_preprocess="nchw", **wanted).warnings
+    assert words not in plan(**wanted).warnings
+
+
 def test_a_network_of_ones_own_has_no_plan():
     """Its sizes are not known before it is traced."""
     spec = replace(validate(ExportRequest(model="A0")), variant=None, name="Detector")

@@ -17,11 +17,14 @@ from onnx import numpy_helper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from calibration.images import Preprocess
 from calibration.observer import TensorObserver
 from exporter.comparison import compare
 from exporter.errors import GateFailedError, InputError
 from exporter.onnx_export import export_onnx
 from exporter.onnx_runner import OnnxRunner
+from exporter.pixel_input import Layout
+from exporter.prologue import Prologue, with_prologue
 from exporter.qdq_source import import_quantized
 from exporter.quantize import RoundedWeight
 from exporter.trained_network import EXACT_GATE, NEAR_GATE, TrainedNetwork, from_checkpoint
@@ -430,3 +433,17 @@ def test_the_trained_module_is_not_changed(tmp_path):
     from_checkpoint(loaded, "0" * 64)
     for name, tensor in loaded.module.state_dict().items():
         assert torch.equal(before[name], tensor)
+
+
+@pytest.mark.parametrize("layout", Layout)
+def test_a_graph_that_takes_pixels_is_refused(file, tmp_path, layout):
+    """Its scales belong to the network behind the normalization."""
+    model = with_prologue(onnx.load(file), Prologue(layout=layout, preprocess=Preprocess()))
+    onnx.save(model, tmp_path / "pixels.onnx")
+    with pytest.raises(InputError) as refusal:
+        import_quantized(tmp_path / "pixels.onnx", TINY)
+    name = model.graph.input[0].name
+    assert (
+        f"the graph's input {name} is uint8: pass the graph without normalization in it, as "
+        "exported without --with-preprocess"
+    ) == str(refusal.value)

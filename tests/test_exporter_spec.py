@@ -35,6 +35,26 @@ def complaint(**request: Any) -> str:
     return str(caught.value)
 
 
+def test_pixels_have_one_of_two_layouts() -> None:
+    """Neither is the default: floats are."""
+    assert validate(ExportRequest(model="A0")).with_preprocess is None
+    for text in ("nhwc", "NCHW"):
+        spec = validate(ExportRequest(model="A0", with_preprocess=text))
+        assert text.lower() == str(spec.with_preprocess) == spec.to_json()["with_preprocess"]
+    assert "unknown layout 'nwhc' (nearest: nhwc; known: nhwc, nchw)" == complaint(
+        with_preprocess="nwhc"
+    )
+
+
+def test_a_dla_alone_cannot_normalize_pixels() -> None:
+    """The GPU does, where it may."""
+    assert (
+        "--with-preprocess normalizes in float32, which no DLA does: leave --no-gpu-fallback away"
+    ) == complaint(with_preprocess="nhwc", dla=0, gpu_fallback=False)
+    spec = validate(ExportRequest(model="A0", with_preprocess="nhwc", dla=0))
+    assert Dla(core=0) == spec.build.dla
+
+
 @given(st.tuples(SIZES, SIZES, SIZES).map(sorted))
 def test_batch_text_reads_back(sizes: list[int]) -> None:
     """parse(str(profile)) == profile."""

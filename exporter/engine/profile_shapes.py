@@ -22,7 +22,9 @@ def profile_shapes(name: str, shape: tuple[int, ...], request: BuildRequest) -> 
         )
     extents[0] = (batch.min, batch.opt, batch.max)
     if size is not None and len(shape) == 4:
-        for axis, opened in ((2, size.height), (3, size.width)):
+        # Pixels may come with their channels last: [N, H, W, 3].
+        height = 1 if shape[1] < 0 and shape[3] == 3 else 2
+        for axis, opened in ((height, size.height), (height + 1, size.width)):
             extents[axis] = opened if shape[axis] < 0 else extents[axis]
     if any(extent < 0 for low in extents for extent in low):
         allowed = "only the batch" if size is None else "only batch, height and width"

@@ -22,11 +22,14 @@ def inspect_bundle(path: Path) -> Inspection:
     model = _mapping(bundle.manifest.get("model"))
     weights = _mapping(bundle.manifest.get("weights"))
     calibration = _mapping(bundle.manifest.get("calibration"))
+    contract = _mapping(bundle.manifest.get("contract"))
     engine = _engine(bundle, damaged)
     details = {
         "network": model.get("name"),
         "verdict": bundle.parity.get("verdict"),
-        "contract": _mapping(bundle.manifest.get("contract")).get("verdict"),
+        "contract": contract.get("verdict"),
+        "prologue": _list(contract.get("prologue")),
+        "inputs": _list(bundle.manifest.get("inputs")),
         "damaged_files": list(damaged),
         "files": sorted(bundle.manifest["files"]),
         "precision": spec.get("precision"),

@@ -1,4 +1,4 @@
-"""Describe an ONNX graph: operators, the variant its weights fit, the contract, Q/DQ placement."""
+"""Describe an ONNX graph: operators, the variant its weights fit, contract, prologue, Q/DQ."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from exporter.contract import judge
 from exporter.errors import InputError
 from exporter.graph import attributes
 from exporter.inspection.finding import OWN_FORMAT, Inspection, Kind
+from exporter.prologue import read_prologue, without_prologue
 from models.variants import VARIANTS, Variant
 
 _FLOATS = {
@@ -44,7 +45,9 @@ def inspect_onnx(path: Path) -> Inspection:
     variant = _variant(weights)
     num_classes = _num_classes(model, makers, tensors, variant)
     quantization = _quantization(model, tensors)
-    verdict, violations = _verdict(model, variant, num_classes, quantization)
+    prologue = read_prologue(model)
+    plain = without_prologue(model)
+    verdict, violations = _verdict(plain, variant, num_classes, quantization)
     flat = quantization["flat_activation_scales"]
     notes = (
         f"activation scales of shape [1], which silently cost INT8 in TensorRT-RTX: "
@@ -70,6 +73,7 @@ def inspect_onnx(path: Path) -> Inspection:
             "nodes": dict(Counter(node.op_type for node in model.graph.node).most_common()),
             "contract": verdict,
             "violations": violations,
+            "prologue": prologue.to_json() if prologue else None,
             "quantization": quantization,
         },
         notes=notes if flat else (),
@@ -161,7 +165,7 @@ def _verdict(
     num_classes: int | None,
     quantization: Mapping[str, Any],
 ) -> tuple[str, list[str]]:
-    """The graph contract, which speaks of the float graph, and what breaks it."""
+    """The graph contract, which speaks of the float graph alone, and what breaks it."""
     if variant is None or num_classes is None:
         return "not judged: the weights fit no variant", []
     if quantization["dequantize"] or any(node.op_type == "Cast" for node in model.graph.node):

@@ -18,12 +18,22 @@ from exporter.judge import Judge
 from exporter.onnx_runner import OnnxRunner
 from exporter.parity import Gate
 from exporter.plain_chain import PlainChain, read_chain
-from exporter.precision import largest_magnitudes, require_half_range, to_half
+from exporter.precision import (
+    BFLOAT16,
+    HALF,
+    NarrowType,
+    largest_magnitudes,
+    require_half_range,
+    to_type,
+)
 from exporter.quantizers import QuantizerOptions, open_quantizer
 from exporter.replay import load_table, replay, require_binding
+from exporter.runnable import runnable
 from exporter.source import Source
 from exporter.spec import RANDOM, ExportSpec, Precision
 from exporter.trained_scales import quantize_trained
+
+_NARROW = {Precision.FP16: HALF, Precision.BF16: BFLOAT16}
 
 Stage = Callable[[str], AbstractContextManager[Callable[[float], None]]]
 """Opens a named stage of the run and gives what reports its progress, 0 to 1."""
@@ -56,16 +66,31 @@ def apply_precision(
     """
     if spec.precision is Precision.FP32:
         return Precise(model=model, graph=model)
-    if spec.precision is Precision.FP16:
-        gate = _precision_gate(spec, inputs.source)
-        with stage("half"):
-            require_half_range(largest_magnitudes(model, judge.batches()))
-            graph = to_half(model)
-            judge.check("fp16", OnnxRunner(graph, optimize=False).run, gate)
-        return Precise(model=model, graph=graph)
+    kind = _NARROW.get(spec.precision)
+    if kind is not None:
+        return _narrow(spec, inputs, model, judge, stage, kind=kind)
     if inputs.source.trained is not None:
         return _quantize_trained(spec, inputs, model, judge, stage)
     return _quantize(spec, inputs, model, judge, stage)
+
+
+def _narrow(
+    spec: ExportSpec,
+    inputs: Inputs,
+    model: onnx.ModelProto,
+    judge: Judge,
+    stage: Stage,
+    *,
+    kind: NarrowType,
+) -> Precise:
+    with stage(kind.name):
+        if kind is HALF:
+            require_half_range(largest_magnitudes(model, judge.batches()))
+        graph = to_type(kind, model)
+        way = runnable(graph, str(spec.precision))
+        run = OnnxRunner(way.model, optimize=way.optimize).run
+        judge.check(str(spec.precision), run, _precision_gate(spec, inputs.source))
+    return Precise(model=model, graph=graph, notes=way.notes)
 
 
 def _quantize_trained(

@@ -90,6 +90,7 @@ def test_every_capability_is_had_by_some_release_and_lacked_by_another():
         ("BuilderFlag.TF32", surface.RELEASES),
         ("BuilderFlag.FP16", surface.RELEASES[:3]),
         ("BuilderFlag.INT8", surface.RELEASES[:3]),
+        ("BuilderFlag.BF16", surface.RELEASES[1:3]),
         ("IInt8EntropyCalibrator2.read_calibration_cache", surface.RELEASES[:3]),
         ("NetworkDefinitionCreationFlag.EXPLICIT_BATCH", surface.RELEASES[:3]),
         ("NetworkDefinitionCreationFlag.STRONGLY_TYPED", surface.RELEASES[1:]),
@@ -162,6 +163,13 @@ def test_misspelling_any_name_we_use_is_found(release: str):
             "",
             "tensorrt-11.4",
             "BuilderFlag has no FP16",
+        ),
+        (
+            "engine/builder_config.py",
+            "@needs(Capability.BF16_FLAG)\n",
+            "",
+            "tensorrt-8.6.1",
+            "BuilderFlag has no BF16",
         ),
         (
             "engine/network_parser.py",

@@ -39,6 +39,7 @@ SIZE = 64
 CLASSES = 10
 CONVOLUTIONS = 22
 OPEN_BATCH = "N"
+NARROW = {Precision.FP16: TensorProto.FLOAT16, Precision.BF16: TensorProto.BFLOAT16}
 AMPERE_AND_LATER = ("sm80", "sm86", "sm89", "sm120", "sm121")
 
 
@@ -67,10 +68,10 @@ class Graph:
             [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [batch, CLASSES])],
             list(self.constants.values()),
         )
-        # Half scales came with opset 19.
-        opset = 17 if self.dtype is np.float32 else 19
+        # Half scales came with opset 19, bfloat16 convolutions with 22.
+        opset = {np.float32: 17, np.float16: 19}.get(self.dtype, 22)
         opsets = [helper.make_opsetid("", opset)]
-        model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=9 if opset < 22 else 10)
         onnx.checker.check_model(model)
         return model
 
@@ -105,9 +106,10 @@ def repvgg_a0(
     """
     random = np.random.default_rng(0)
     variant = find_variant("A0")
-    half = precision is Precision.FP16 or half_scales
-    graph = Graph(np.float16 if half else np.float32)
-    x = graph.node("Cast", ["input"], "half", to=TensorProto.FLOAT16) if half else "input"
+    code = NARROW.get(precision, TensorProto.FLOAT16 if half_scales else TensorProto.FLOAT)
+    half = code != TensorProto.FLOAT
+    graph = Graph(np.dtype(helper.tensor_dtype_to_np_dtype(code)).type)
+    x = graph.node("Cast", ["input"], "half", to=code) if half else "input"
     for layer in variant.layers:
         weight = random.standard_normal(layer.weight_shape, np.float32) * 0.05
         bias = graph.constant(f"{layer.name}.bias", np.full(len(weight), 0.1, graph.dtype))
@@ -173,15 +175,16 @@ def build(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("precision", "counts", "fused", "others"),
+    ("precision", "figure", "fused", "others"),
     [
-        (Precision.FP32, (0, 0, 22), 22, 3),
-        (Precision.FP16, (0, 22, 0), 22, 3),
-        (Precision.INT8, (22, 0, 0), 0, 24),
+        (Precision.FP32, "float", 22, 3),
+        (Precision.FP16, "half", 22, 3),
+        (Precision.BF16, "bf16", 22, 3),
+        (Precision.INT8, "int8", 0, 24),
     ],
 )
 def test_an_a0_engine_contains_what_was_asked_for(
-    build, precision: Precision, counts: tuple[int, int, int], fused: int, others: int
+    build, precision: Precision, figure: str, fused: int, others: int
 ):
     """On every target of the precision, all 22 convolutions run in it; only INT8 leaves epilogues.
 
@@ -192,11 +195,10 @@ def test_an_a0_engine_contains_what_was_asked_for(
 
     built = build(repvgg_a0(precision), precision, targets)
 
-    int8, half, floats = counts
+    none = dict.fromkeys(("int8", "half", "float", "bf16", "fp8"), 0)
     for figures in built.summary.per_target.values():
-        assert figures.convolutions == ConvolutionCounts(
-            total=CONVOLUTIONS, int8=int8, half=half, float=floats
-        )
+        counts = {"total": CONVOLUTIONS, **none, figure: CONVOLUTIONS}
+        assert figures.convolutions.to_json() == counts
         assert (figures.epilogue_fused, figures.other_kernels) == (fused, others)
     check_engine(built.summary, precision, CONVOLUTIONS)
     assert built.summary.targets == targets
@@ -222,6 +224,24 @@ def test_a_scale_of_shape_1_costs_all_int8_and_the_gate_says_so(build):
     assert summary.convolutions == ConvolutionCounts(total=22, int8=0, half=0, float=22)
     with pytest.raises(GateFailedError, match=r"on sm80 only 0 of 22 .*scale of shape \[\]"):
         check_engine(summary, Precision.INT8, CONVOLUTIONS)
+
+
+def test_a_bf16_engine_from_a_half_graph_fails_the_gate(build):
+    """What the builder makes of the wrong graph is half, and half is not what was asked for."""
+    summary = build(repvgg_a0(Precision.FP16), Precision.BF16, ("sm80",)).summary
+
+    with pytest.raises(GateFailedError) as caught:
+        check_engine(summary, Precision.BF16, CONVOLUTIONS)
+    assert str(caught.value) == (
+        "on sm80 only 0 of 22 convolutions run in bfloat16 (0 INT8, 22 half, 0 float): make "
+        "weights, biases and activations of every convolution bfloat16"
+    )
+
+
+def test_turing_has_no_bfloat16_and_the_builder_says_so(build):
+    """The refusal of `parse_targets` is the builder's own."""
+    with pytest.raises(GateFailedError, match=r"sm75.* HW-specific datatypes: b16"):
+        build(repvgg_a0(Precision.BF16), Precision.BF16, ("sm75",))
 
 
 def test_turing_emulates_int8_in_half_which_passes_only_where_allowed(build):

@@ -107,14 +107,14 @@ def test_a_choice_ignores_case_and_space(text: str) -> None:
     [
         (
             {"precision": "int6"},
-            "unknown precision 'int6' (nearest: int8; known: fp32, fp16, int8)",
+            "unknown precision 'int6' (nearest: int8; known: fp32, fp16, bf16, int8)",
         ),
         (
             {"recipe": "entropie"},
             "unknown recipe 'entropie' (nearest: entropy; "
             "known: minmax, percentile, mse, entropy, equalize, full, wide, auto)",
         ),
-        ({"precision": "@@"}, "unknown precision '@@' (known: fp32, fp16, int8)"),
+        ({"precision": "@@"}, "unknown precision '@@' (known: fp32, fp16, bf16, int8)"),
     ],
 )
 def test_an_unknown_choice_names_the_nearest(request_fields: dict[str, Any], expected: str) -> None:

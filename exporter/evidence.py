@@ -18,7 +18,7 @@ from exporter.judge import Judge
 from exporter.network import Interface, multiply_accumulates
 from exporter.plan_engine import EngineOutcome
 from exporter.provenance import created, versions
-from exporter.spec import ExportSpec
+from exporter.spec import ExportSpec, Precision
 
 REFERENCE_IMAGES = 8
 TENSORRT_CACHE_VERSION = "10.3.0"
@@ -27,9 +27,11 @@ TENSORRT_CACHE_VERSION = "10.3.0"
 
 def write_evidence(
     writer: BundleWriter,
+    spec: ExportSpec,
     inputs: Inputs,
     judge: Judge,
     engine: EngineOutcome,
+    *,
     table: CalibrationTable | None,
 ) -> None:
     writer.write_text(files.ENGINE_SUMMARY, files.dumps(engine.to_json()))
@@ -38,7 +40,9 @@ def write_evidence(
         writer.write_text(files.BUILD_LOG, engine.built.build_log)
     if table is not None:
         writer.write_text(files.CALIBRATION, table.dumps())
-        writer.write_text(files.CALIBRATION_CACHE, table.to_cache_text(TENSORRT_CACHE_VERSION))
+        if spec.precision is Precision.INT8:
+            text = table.to_cache_text(TENSORRT_CACHE_VERSION)
+            writer.write_text(files.CALIBRATION_CACHE, text)
     (sample, *_) = judge.samples(REFERENCE_IMAGES)
     ports = inputs.interface
     arrays = {port.name: array for port, array in zip(ports.inputs, sample, strict=True)}

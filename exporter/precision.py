@@ -23,10 +23,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper, version_converter
+from onnx import TensorProto, helper, numpy_helper
 
 from exporter.errors import GateFailedError
-from exporter.graph import attributes, with_outputs
+from exporter.graph import attributes, in_opset, with_outputs
 from exporter.onnx_runner import Batch, OnnxRunner
 
 HALF_MAX = 65504.0
@@ -55,8 +55,6 @@ BFLOAT16 = NarrowType(
     largest=(2 - 2**-7) * 2.0**127,
     opset=22,
 )
-_OLDEST_IR = 10
-"""The version of the file format that came with opset 22."""
 
 _FLOAT_SLOTS = {"Resize": (1, 2)}
 """Operands of an operator that are float32 by the ONNX specification, by index."""
@@ -75,7 +73,10 @@ def to_type(kind: NarrowType, model: onnx.ModelProto) -> onnx.ModelProto:
         GateFailedError: naming the tensor, if a weight is beyond the type's range or NaN; if an
             operator of the graph cannot be typed so.
     """
-    narrow = _copy(kind, model)
+    try:
+        narrow = in_opset(model, kind.opset)
+    except ValueError as error:
+        raise _no_form(kind, error) from error
     graph = narrow.graph
     _constants_to_initializers(graph)
     sizes = _computed_from_shapes(narrow)
@@ -102,21 +103,6 @@ def to_type(kind: NarrowType, model: onnx.ModelProto) -> onnx.ModelProto:
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise _no_form(kind, error) from error
     return narrow
-
-
-def _copy(kind: NarrowType, model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy in an opset that knows the type."""
-    own = [entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")]
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    if max(own, default=0) >= kind.opset:
-        return copy
-    try:
-        copy = version_converter.convert_version(copy, kind.opset)
-    except (RuntimeError, onnx.checker.ValidationError) as error:
-        raise _no_form(kind, error) from error
-    copy.ir_version = max(copy.ir_version, _OLDEST_IR)
-    return copy
 
 
 def _no_form(kind: NarrowType, error: Exception) -> GateFailedError:

@@ -12,6 +12,7 @@ from calibration.table import CalibrationTable
 from exporter import parity
 from exporter.calibrator import observe_images
 from exporter.errors import InputError
+from exporter.fp8 import Fp8Options, quantize_fp8
 from exporter.inputs import Inputs
 from exporter.int8 import Int8Request, choose
 from exporter.judge import Judge
@@ -69,6 +70,8 @@ def apply_precision(
     kind = _NARROW.get(spec.precision)
     if kind is not None:
         return _narrow(spec, inputs, model, judge, stage, kind=kind)
+    if spec.precision is Precision.FP8:
+        return _fp8(spec, inputs, model, judge, stage)
     if inputs.source.trained is not None:
         return _quantize_trained(spec, inputs, model, judge, stage)
     return _quantize(spec, inputs, model, judge, stage)
@@ -91,6 +94,35 @@ def _narrow(
         run = OnnxRunner(way.model, optimize=way.optimize).run
         judge.check(str(spec.precision), run, _precision_gate(spec, inputs.source))
     return Precise(model=model, graph=graph, notes=way.notes)
+
+
+def _fp8(
+    spec: ExportSpec, inputs: Inputs, model: onnx.ModelProto, judge: Judge, stage: Stage
+) -> Precise:
+    images = inputs.calibration
+    _require_labels(spec, judge)
+    if images is None:
+        raise InputError("fp8 needs calibration images: pass CALIB=folder")
+    options = Fp8Options(
+        keep_float=spec.keep_float,
+        per_tensor_weights=spec.per_tensor_weights,
+        preprocess=inputs.preprocess,
+    )
+    with stage("calibrate") as advance:
+        made = quantize_fp8(model, read_chain(model), images, options, advance)
+    with stage("quantize"):
+        judge.recheck("simplified", OnnxRunner(made.model).run)
+        way = runnable(made.graph, str(spec.precision))
+        run = OnnxRunner(way.model, optimize=way.optimize).run
+        judge.check(str(spec.precision), run, _precision_gate(spec, inputs.source))
+    return Precise(model=made.model, graph=made.graph, table=made.table, kept_float=made.kept_float)
+
+
+def _require_labels(spec: ExportSpec, judge: Judge) -> None:
+    if spec.max_drop is not None and judge.labels is None:
+        raise InputError(
+            "--max-drop needs labels: pass --evaluation with a folder for each of the classes"
+        )
 
 
 def _quantize_trained(
@@ -136,10 +168,7 @@ def _quantize(
     spec: ExportSpec, inputs: Inputs, model: onnx.ModelProto, judge: Judge, stage: Stage
 ) -> Precise:
     images = inputs.calibration
-    if spec.max_drop is not None and judge.labels is None:
-        raise InputError(
-            "--max-drop needs labels: pass --evaluation with a folder for each of the classes"
-        )
+    _require_labels(spec, judge)
     request = Int8Request(
         recipe=spec.recipe,
         gate=_precision_gate(spec, inputs.source),
@@ -202,8 +231,8 @@ def _replay(
 
 def _precision_gate(spec: ExportSpec, source: Source) -> Gate:
     gate = parity.GATES[str(spec.precision)]
-    if source.origin["source"] == RANDOM and spec.precision is Precision.INT8:
-        gate = parity.UNTRAINED_INT8_GATE
+    if source.origin["source"] == RANDOM and spec.precision.is_quantized:
+        gate = parity.UNTRAINED_GATE
     trained = source.trained
     if trained is not None and not spec.keep_float:
         gate = trained.gate

@@ -4,6 +4,7 @@
 fp32       as it is
 int8       as it is, in integer kernels where the CPU has them
 fp16       optimizations off: see :class:`exporter.onnx_runner.OnnxRunner`
+fp8        as it is, optimizations off: it rounds and scales, and multiplies in float32
 bf16       it has no bfloat16 convolution: the float32 graph of :mod:`exporter.emulation`
 =========  ======================================================================================
 """
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _RIGHT_WHEN_OPTIMIZED = ("fp32", "int8")
 _EMULATED = ("bf16",)
+_UNTIMED = ("bf16", "fp8")
 _NOTE = (
     "the {precision} row was computed in float32 and rounded wherever the graph stores bfloat16: "
     "ONNX Runtime has no such convolution on the CPU"
@@ -61,7 +63,7 @@ def runnable(graph: Path | onnx.ModelProto, precision: str) -> Runnable:
 
 def require_timeable(precision: str) -> None:
     """Raises EnvironmentLackError where ONNX Runtime's time says nothing about ``precision``."""
-    if precision in _EMULATED:
+    if precision in _UNTIMED:
         raise EnvironmentLackError(
             f"ONNX Runtime has no {precision} convolutions on the CPU and emulates them in "
             "float32, whose time says nothing: measure the engine on a GPU"

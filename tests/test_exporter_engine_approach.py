@@ -55,6 +55,20 @@ def test_a_weakly_typed_bf16_build_reads_the_float_graph():
     )
 
 
+def test_a_weakly_typed_fp8_build_reads_the_qdq_graph():
+    """The flag alone does not tell that the library can, for 8.6 has it for plugins."""
+    options = BuildOptions(typing=Typing.WEAK)
+    request = replace(REQUEST, precision=Precision.FP8, options=options)
+
+    way = choose_approach(request, BOTH | {Capability.FP8_FLAG}, "lib 10")
+
+    assert (Path("typed.onnx"), False, frozenset({Precision.FP8})) == (
+        way.graph,
+        way.strongly_typed,
+        way.allowed,
+    )
+
+
 def test_a_dla_gets_half_beside_implicit_int8():
     """Layers without a scale may run on the DLA in half."""
     options = BuildOptions(calibration_cache=CACHE, dla=Dla())
@@ -103,6 +117,11 @@ def test_a_dla_gets_half_beside_implicit_int8():
             replace(REQUEST, precision=Precision.BF16),
             WEAK,
             "lib 10 does not build bf16, which came with TensorRT 10: use fp16",
+        ),
+        (
+            replace(REQUEST, precision=Precision.FP8),
+            WEAK | {Capability.FP8_FLAG},
+            "lib 10 does not build fp8, which came with TensorRT 10: use fp16",
         ),
         (
             replace(REQUEST, options=BuildOptions(typing=Typing.WEAK)),

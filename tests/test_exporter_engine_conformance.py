@@ -91,6 +91,7 @@ def test_every_capability_is_had_by_some_release_and_lacked_by_another():
         ("BuilderFlag.FP16", surface.RELEASES[:3]),
         ("BuilderFlag.INT8", surface.RELEASES[:3]),
         ("BuilderFlag.BF16", surface.RELEASES[1:3]),
+        ("BuilderFlag.FP8", surface.RELEASES[:3]),
         ("IInt8EntropyCalibrator2.read_calibration_cache", surface.RELEASES[:3]),
         ("NetworkDefinitionCreationFlag.EXPLICIT_BATCH", surface.RELEASES[:3]),
         ("NetworkDefinitionCreationFlag.STRONGLY_TYPED", surface.RELEASES[1:]),
@@ -170,6 +171,13 @@ def test_misspelling_any_name_we_use_is_found(release: str):
             "",
             "tensorrt-8.6.1",
             "BuilderFlag has no BF16",
+        ),
+        (
+            "engine/builder_config.py",
+            "@needs(Capability.FP8_FLAG)\n",
+            "",
+            "tensorrt-11.4",
+            "BuilderFlag has no FP8",
         ),
         (
             "engine/network_parser.py",

@@ -258,6 +258,12 @@ def test_without_a_driver_the_reason_says_so(monkeypatch: pytest.MonkeyPatch):
             "target sm75 cannot do bf16: bfloat16 came with Ampere (sm80); use fp16 (known: sm80, "
             "sm86, sm89, sm120, sm121)",
         ),
+        (
+            "sm86",
+            Precision.FP8,
+            "target sm86 cannot do fp8: FP8 came with Ada Lovelace (sm89); use int8, or fp16 "
+            "before Ampere (known: sm89, sm120, sm121)",
+        ),
     ],
 )
 def test_a_type_that_the_tensor_cores_lack_is_refused(

@@ -345,6 +345,12 @@ def test_a_backend_is_not_needed_for_devices_that_build_their_own():
             Precision.BF16,
             "target xavier (sm72) cannot do bf16: bfloat16 came with Ampere (sm80); use fp16",
         ),
+        (
+            "orin",
+            Precision.FP8,
+            "target orin (sm87) cannot do fp8: FP8 came with Ada Lovelace (sm89); use int8, or "
+            "fp16 before Ampere",
+        ),
     ],
 )
 def test_a_device_that_cannot_do_the_precision_is_not_deferred(text, precision, sentence):

@@ -20,7 +20,7 @@ small (float[batch,4] x) => (float[batch,4] y) { y = Relu (x) }
 
 
 @pytest.mark.parametrize(
-    ("precision", "optimize"), [("fp32", True), ("int8", True), ("fp16", False)]
+    ("precision", "optimize"), [("fp32", True), ("int8", True), ("fp16", False), ("fp8", False)]
 )
 def test_a_graph_that_it_knows_is_run_as_it_is(precision: str, *, optimize: bool) -> None:
     """Half graphs without optimizations; nothing has to be said about either."""
@@ -65,6 +65,8 @@ def test_the_time_of_an_emulation_is_refused() -> None:
     """It says nothing about the precision; others may be timed."""
     for precision in ("fp32", "fp16", "int8"):
         require_timeable(precision)
+    with pytest.raises(EnvironmentLackError, match="ONNX Runtime has no fp8 convolutions"):
+        require_timeable("fp8")
     with pytest.raises(EnvironmentLackError) as caught:
         require_timeable("bf16")
     assert (

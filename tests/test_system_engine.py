@@ -16,6 +16,9 @@ from calibration.cache_text import parse_cache_text
 from calibration.table import CalibrationTable
 from exporter.bundle import Bundle
 from exporter.comparison import compare
+from exporter.errors import InputError
+from exporter.pipeline import run
+from exporter.spec import ExportRequest, validate
 
 COMMON = {
     "manifest.json", "model.onnx", "model.engine", "engine.json", "reference.npz", "parity.json",
@@ -26,6 +29,7 @@ FILES = {
     "fp16": COMMON | {"model.fp16.onnx"},
     "bf16": COMMON | {"model.bf16.onnx"},
     "int8": COMMON | {"model.int8.onnx", "calibration.json", "calibration.cache"},
+    "fp8": COMMON | {"model.fp8.onnx", "calibration.json"},
 }
 PRECISIONS = tuple(FILES)
 
@@ -118,6 +122,41 @@ def test_the_bf16_engine_runs_all_22_convolutions_in_bfloat16_with_fused_bias_an
     )
     (note,) = (n for n in Bundle.load(out).manifest["notes"] if "bf16" in n)
     assert note.startswith("the bf16 row was computed in float32 and rounded wherever the graph")
+
+
+def test_the_fp8_engine_runs_all_22_convolutions_in_fp8(bundles):
+    """engine.json counts 22 of 22 on sm89 to sm121; the ledger's row is far above its gate."""
+    out, _ = bundles("fp8")
+    engine = json.loads((out / "engine.json").read_text())
+    assert ["sm89", "sm120", "sm121"] == engine["targets"]
+    counts = {"total": 22, "int8": 0, "half": 0, "float": 0, "bf16": 0, "fp8": 22}
+    for figures in engine["per_target"].values():
+        assert (counts, 0) == (figures["convolutions"], figures["epilogue_fused"])
+    rows = json.loads((out / "parity.json").read_text())["stages"]
+    (row,) = (row for row in rows if row["stage"] == "fp8")
+    assert row["sqnr_db"] >= 29
+    assert row["top1_agreement"] >= 0.99
+
+
+def test_the_calibration_of_an_fp8_bundle_is_no_int8_calibration(bundles, tmp_path):
+    """Scales reach to 448, the table says so, and an int8 export refuses it."""
+    out, _ = bundles("fp8")
+    table = CalibrationTable.loads((out / "calibration.json").read_text())
+    assert ("minmax", "float8e4m3fn") == (table.method, table.options["data_type"])
+    for name, scale in table.activation_scales.items():
+        assert np.float32(table.ranges[name].threshold / 448) == np.float32(scale)
+    spec = validate(
+        ExportRequest(
+            model="A0", calibration_table=str(out / "calibration.json"), out=str(tmp_path / "out")
+        )
+    )
+    with pytest.raises(InputError) as caught:
+        run(spec)
+    assert str(caught.value) == (
+        f"calibration table {out / 'calibration.json'} holds scales for float8e4m3fn, not for "
+        "int8: leave --calibration-table away to calibrate anew"
+    )
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_bf16_bundle_computes_what_its_row_says(bundles):

@@ -8,10 +8,11 @@ fp16            half graph                  float graph, FP16           -
 bf16            bfloat16 graph              float graph, BF16           -
 int8            Q/DQ graph                  Q/DQ graph, INT8            float graph, INT8, scales
                                                                         from the calibration cache
+fp8             Q/DQ graph                  Q/DQ graph, FP8             -
 available       TensorRT >= 10, RTX         TensorRT <= 10              TensorRT <= 10
 ==============  ==========================  ==========================  ===========================
 
-bf16 came with TensorRT 10.
+bf16 and fp8 came with TensorRT 10; the flag FP8 of 8.6 is for plugins only.
 
 On a DLA before TensorRT 11, networks are weakly typed, and INT8 is implicit with FP16 beside it for
 the layers that have no scale. Pure functions of capabilities; no TensorRT is touched.
@@ -29,7 +30,10 @@ from exporter.engine.refusal import BadInputError
 from exporter.spec import Precision
 
 _WEAK = (Capability.FP16_FLAG, Capability.INT8_FLAG)
-_LATER = {Precision.BF16: (Capability.BF16_FLAG,)}
+_LATER = {
+    Precision.BF16: (Capability.BF16_FLAG,),
+    Precision.FP8: (Capability.FP8_FLAG, Capability.STRONG_TYPING),
+}
 """What tells that a weakly typed network may use a type that TensorRT 8.6 lacks."""
 
 
@@ -88,8 +92,11 @@ def _weak(request: BuildRequest, capabilities: frozenset[Capability], library: s
         )
     if request.precision is Precision.FP32:
         return Approach(graph=request.onnx_path, strongly_typed=False)
-    quantized = request.precision is Precision.INT8
-    graph = request.onnx_path if quantized else request.float_path or request.onnx_path
+    graph = (
+        request.onnx_path
+        if request.precision.is_quantized
+        else request.float_path or request.onnx_path
+    )
     note = f"weakly typed: the builder itself chooses among fp32 and {request.precision}"
     return Approach(
         graph=graph,

@@ -67,6 +67,8 @@ def _allow(api: Api, config: IBuilderConfig, allowed: frozenset[Precision]) -> N
         _allow_bfloat16(api, config)
     if Precision.INT8 in allowed:
         _allow_int8(api, config)
+    if Precision.FP8 in allowed:
+        _allow_fp8(api, config)
 
 
 @needs(Capability.FP16_FLAG)
@@ -77,6 +79,11 @@ def _allow_half(api: Api, config: IBuilderConfig) -> None:
 @needs(Capability.BF16_FLAG)
 def _allow_bfloat16(api: Api, config: IBuilderConfig) -> None:
     config.set_flag(api.trt.BuilderFlag.BF16)
+
+
+@needs(Capability.FP8_FLAG)
+def _allow_fp8(api: Api, config: IBuilderConfig) -> None:
+    config.set_flag(api.trt.BuilderFlag.FP8)
 
 
 @needs(Capability.INT8_FLAG)

@@ -12,6 +12,7 @@ EXPLICIT_BATCH       yes    yes    yes    -      -
 STRONG_TYPING        -      yes    yes    yes    yes
 FP16_FLAG            yes    yes    yes    -      -
 BF16_FLAG            -      yes    yes    -      -
+FP8_FLAG             yes    yes    yes    -      -
 INT8_FLAG            yes    yes    yes    -      -
 CALIBRATOR           yes    yes    yes    -      -
 PROGRESS_MONITOR     -      yes    yes    yes    yes
@@ -40,6 +41,7 @@ class Capability(Enum):
     STRONG_TYPING = "NetworkDefinitionCreationFlag.STRONGLY_TYPED"
     FP16_FLAG = "BuilderFlag.FP16"
     BF16_FLAG = "BuilderFlag.BF16"
+    FP8_FLAG = "BuilderFlag.FP8"
     INT8_FLAG = "BuilderFlag.INT8"
     CALIBRATOR = "IInt8EntropyCalibrator2"
     PROGRESS_MONITOR = "IProgressMonitor"

@@ -51,6 +51,7 @@ _COUNTED_AS = {
     Precision.FP16: "half",
     Precision.BF16: "bf16",
     Precision.INT8: "int8",
+    Precision.FP8: "fp8",
 }
 _RARE = {"bf16": "bfloat16", "fp8": "FP8"}
 
@@ -145,13 +146,18 @@ class EngineSummary:
 
 _LABELS = {
     Precision.INT8: "INT8",
+    Precision.FP8: "FP8",
     Precision.FP16: "half",
     Precision.BF16: "bfloat16",
     Precision.FP32: "float",
 }
+_SCALARS = (
+    "give every activation QuantizeLinear/DequantizeLinear a scale of shape [] (shape [1] silently "
+    "costs {}) and quantize input and weights of every convolution"
+)
 _ADVICE = {
-    Precision.INT8: "give every activation QuantizeLinear/DequantizeLinear a scale of shape [] "
-    "(shape [1] silently costs INT8) and quantize input and weights of every convolution",
+    Precision.INT8: _SCALARS.format("INT8"),
+    Precision.FP8: _SCALARS.format("FP8"),
     Precision.FP16: "make weights, biases and activations of every convolution half",
     Precision.BF16: "make weights, biases and activations of every convolution bfloat16",
     Precision.FP32: "build fp32 from the float graph",
@@ -170,16 +176,16 @@ def check_engine(
     """Return only if all convolutions of the network run in ``precision`` on every target.
 
     ``computed_weights`` of them have weights that the network computes; these cannot be quantized
-    and stay float in INT8 engines. ``pointwise`` of them are 1x1 outside the blocks; a builder may
-    run these as matrix products, which its layer table does not count as convolutions. With
-    ``allow_emulated`` half convolutions pass for quantized ones. Of a network that runs on a DLA in
-    part, only the convolutions on the GPU are judged.
+    and stay float in INT8 and FP8 engines. ``pointwise`` of them are 1x1 outside the blocks; a
+    builder may run these as matrix products, which its layer table does not count as convolutions.
+    With ``allow_emulated`` half convolutions pass for quantized ones. Of a network that runs on a
+    DLA in part, only the convolutions on the GPU are judged.
 
     Raises:
         GateFailedError: naming the first target that fails and its counts, if the number of
             convolutions is not ``expected_convolutions`` or not all run in the data type asked for.
     """
-    spared = computed_weights if precision is Precision.INT8 else 0
+    spared = computed_weights if precision.is_quantized else 0
     fewest = 0 if summary.dla_layers else expected_convolutions - pointwise
     for target, figures in summary.per_target.items():
         counts = figures.convolutions

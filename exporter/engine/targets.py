@@ -40,6 +40,7 @@ _REASONS = {
 }
 _TENSOR_CORES = {
     Precision.BF16: "bfloat16 came with Ampere (sm80); use fp16",
+    Precision.FP8: "FP8 came with Ada Lovelace (sm89); use int8, or fp16 before Ampere",
 }
 """Why a target before `OLDEST_WITH` cannot do it."""
 

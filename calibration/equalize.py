@@ -136,6 +136,16 @@ def _canonical(statistics: ChannelStatistics) -> Float64Array:
     return np.maximum(largest, _FLOOR * top) if top > 0 else np.ones_like(largest)
 
 
+def binary_scale(largest: Float64Array) -> Float64Array:
+    """Canonical scaling to the nearest power of two, for channels of ``largest`` magnitude ``[C]``.
+
+    Only exponents of the float weights change, so the float network stays the same bit for bit.
+    """
+    top = float(largest.max())
+    bounded = np.maximum(largest, _FLOOR * top) if top > 0 else np.ones_like(largest)
+    return np.asarray(np.exp2(np.rint(np.log2(bounded))), dtype=np.float64)
+
+
 def _finish(scale: Float64Array | None, options: EqualizeOptions) -> Float64Array | None:
     if scale is None or not options.power_of_two:
         return scale

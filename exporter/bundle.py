@@ -25,6 +25,7 @@ import numpy as np
 from exporter.errors import InputError
 from exporter.onnx_runner import FloatArray, OnnxRunner, fits
 from exporter.pixel_input import FLOAT
+from exporter.runnable import runnable
 
 Arrays = Any
 """One float32 array, or several: a tuple of inputs, a dict of outputs by name.
@@ -260,11 +261,12 @@ class Bundle:
 
         Raises:
             InputError: for another number of inputs, shape or data type.
+            EnvironmentLackError: where the onnx package is needed and not installed.
         """
         batch = inputs if isinstance(inputs, tuple) else (inputs,)
         self._require_inputs(batch)
-        half = self.manifest["spec"]["precision"] == "fp16"
-        outputs = OnnxRunner(self.graph_path, optimize=not half).run(batch)
+        way = runnable(self.graph_path, self.manifest["spec"]["precision"])
+        outputs = OnnxRunner(way.model, optimize=way.optimize).run(batch)
         return next(iter(outputs.values())) if len(outputs) == 1 else outputs
 
     def _require_inputs(self, batch: tuple[FloatArray, ...]) -> None:

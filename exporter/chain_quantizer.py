@@ -92,6 +92,20 @@ def observe_chain(
     )
 
 
+def observe_ranges(
+    model: onnx.ModelProto,
+    plain: PlainChain,
+    images: ImageSet,
+    progress: Callable[[float], None] = lambda _fraction: None,
+) -> tuple[RangeObserver, ...]:
+    """The range of every channel of the chain's boundaries, in one pass of ``model``.
+
+    Raises:
+        InputError: if an image cannot be read, or there are none.
+    """
+    return tuple(_stream(model, plain, images, progress)[0])
+
+
 def _stream(
     model: onnx.ModelProto,
     plain: PlainChain,

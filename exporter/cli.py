@@ -121,7 +121,7 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
     add("--out", metavar="DIR", help="bundle folder (default: build/MODEL-PRECISION)")
     add("--skip-bad-images", action="store_true", help="leave unreadable images out and count them")
     add("--min-sqnr", dest="min_sqnr_db", type=float, metavar="DB",
-        help="gate of fp16 or int8; int8 keeps as many layers in half as it takes")  # fmt: skip
+        help="gate of the precision; int8 keeps as many layers in half as it takes")  # fmt: skip
     add("--max-drop", type=float, metavar="POINTS",
         help="top-1 that may be lost; int8 keeps as many layers in half as it takes")  # fmt: skip
     add("--min-agreement", type=float, metavar="FRACTION", help="top-1 agreement gate, 0 to 1")

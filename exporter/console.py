@@ -78,6 +78,8 @@ def print_note(text: str) -> None:
 
 def print_result(result: ExportResult) -> None:
     """The ledger, what the engine contains, and where the bundle is."""
+    from exporter.engine import count_words
+
     spec = result.bundle.manifest["spec"]
     print_ledger(result.ledger.to_json(), f"{spec['name']} {spec['precision']}")
     total = sum(result.seconds.values())
@@ -88,8 +90,8 @@ def print_result(result: ExportResult) -> None:
     for targets, figures in _same_figures(result.engine["per_target"]):
         counts = figures["convolutions"]
         print(
-            f"{targets}: {counts['total']} convolutions ({counts['int8']} INT8, {counts['half']} "
-            f"half, {counts['float']} float), {figures['epilogue_fused']} with fused epilogue, "
+            f"{targets}: {counts['total']} convolutions ({count_words(counts)}), "
+            f"{figures['epilogue_fused']} with fused epilogue, "
             f"{figures['other_kernels']} other kernels"
         )
     for warning in result.engine["warnings"]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from exporter.device_table import ARCHITECTURES, RTX
+from exporter.device_table import ARCHITECTURES, OLDEST_WITH, RTX
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,19 +30,13 @@ def precision_advice(capability: str, backend: str) -> tuple[Advice, ...]:
         Advice(precision="fp16", worth=True, reason="half tensor cores, bias and ReLU fused"),
         Advice(
             precision="bf16",
-            worth=number >= 80,
+            worth=number >= OLDEST_WITH["bf16"],
             reason="as fast as fp16, with the range of float32: for networks that overflow in half"
-            if number >= 80
+            if number >= OLDEST_WITH["bf16"]
             else "bf16 needs sm80 or later",
         ),
         _int8(number, backend),
-        Advice(
-            precision="fp8",
-            worth=number >= 89,
-            reason="as fast as int8, with a wider range of scales; needs TensorRT 10.3"
-            if number >= 89
-            else "fp8 needs sm89 or later",
-        ),
+        _fp8(number, backend),
     )
 
 
@@ -54,6 +48,20 @@ def _fp32(number: int, backend: str) -> Advice:
     return Advice(
         precision="fp32", worth=False, reason="several times slower than fp16: for comparison only"
     )
+
+
+def _fp8(number: int, backend: str) -> Advice:
+    worth = number >= OLDEST_WITH["fp8"]
+    if not worth:
+        reason = "fp8 needs sm89 or later"
+    elif backend == RTX:
+        reason = (
+            "FP8 tensor cores, but bias, ReLU and requantization stay separate kernels: measure it "
+            "against fp16 on the device"
+        )
+    else:
+        reason = "as fast as int8, with a wider range of scales; needs TensorRT 10.3"
+    return Advice(precision="fp8", worth=worth, reason=reason)
 
 
 def _int8(number: int, backend: str) -> Advice:

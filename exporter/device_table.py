@@ -102,6 +102,10 @@ class Device:
         return f"{_either(self.dla_cores)} DLA cores{by_module}"
 
 
+OLDEST_WITH: Mapping[str, int] = MappingProxyType({"bf16": 80, "fp8": 89})
+"""The number of the first capability whose tensor cores know a precision; others know it all."""
+
+
 def _either(numbers: tuple[int, ...]) -> str:
     """``4, 8 or 16``."""
     *first, last = map(str, numbers)

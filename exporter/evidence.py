@@ -20,7 +20,7 @@ from exporter.network import Interface, multiply_accumulates
 from exporter.plan_engine import EngineOutcome
 from exporter.prologue import Prologue, normalized
 from exporter.provenance import created, versions
-from exporter.spec import ExportSpec
+from exporter.spec import ExportSpec, Precision
 
 REFERENCE_IMAGES = 8
 TENSORRT_CACHE_VERSION = "10.3.0"
@@ -44,11 +44,12 @@ def graph_metadata(spec: ExportSpec, inputs: Inputs) -> dict[str, str]:
 
 def write_evidence(
     writer: BundleWriter,
+    spec: ExportSpec,
     inputs: Inputs,
     judge: Judge,
     engine: EngineOutcome,
-    table: CalibrationTable | None,
     *,
+    table: CalibrationTable | None,
     prologue: Prologue | None,
 ) -> None:
     writer.write_text(files.ENGINE_SUMMARY, files.dumps(engine.to_json()))
@@ -57,15 +58,16 @@ def write_evidence(
         writer.write_text(files.BUILD_LOG, engine.built.build_log)
     if table is not None:
         writer.write_text(files.CALIBRATION, table.dumps())
-        # Builders without Q/DQ read model.onnx, behind whose prologue tensors have other names.
-        own = (
-            table
-            if prologue is None
-            else table.renamed(
-                {port.name: normalized(port.name) for port in inputs.interface.inputs}
+        if spec.precision is Precision.INT8:
+            # Builders without Q/DQ read model.onnx, behind whose prologue tensors have other names.
+            own = (
+                table
+                if prologue is None
+                else table.renamed(
+                    {port.name: normalized(port.name) for port in inputs.interface.inputs}
+                )
             )
-        )
-        writer.write_text(files.CALIBRATION_CACHE, own.to_cache_text(TENSORRT_CACHE_VERSION))
+            writer.write_text(files.CALIBRATION_CACHE, own.to_cache_text(TENSORRT_CACHE_VERSION))
     (sample, *_) = judge.samples(REFERENCE_IMAGES)
     ports = inputs.interface
     given = sample if prologue is None else prologue.pixels(sample)

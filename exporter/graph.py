@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import onnx
+from onnx import version_converter
 
 from exporter.errors import InputError
 
@@ -52,6 +53,26 @@ def require_nodes(names: Iterable[str], known: Iterable[str], kind: str) -> None
     listed = sorted(set(known))
     if unknown := sorted(set(names).difference(listed)):
         raise InputError(f"no {kind} is called {', '.join(unknown)}; known: {', '.join(listed)}")
+
+
+def in_opset(model: onnx.ModelProto, oldest: int) -> onnx.ModelProto:
+    """A copy of ``model`` in opset ``oldest``, or in its own if that is newer.
+
+    Raises:
+        ValueError: with the reason, if an operator has no such form.
+    """
+    own = [entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")]
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    if max(own, default=0) >= oldest:
+        return copy
+    try:
+        copy = version_converter.convert_version(copy, oldest)
+    except (RuntimeError, onnx.checker.ValidationError) as error:
+        raise ValueError(str(error).strip().splitlines()[0]) from error
+    needed = onnx.helper.find_min_ir_version_for(copy.opset_import)
+    copy.ir_version = max(copy.ir_version, needed)
+    return copy
 
 
 def attributes(node: onnx.NodeProto) -> dict[str, Any]:

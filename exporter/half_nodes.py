@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from exporter.precision import rounded_to_half
+from exporter.precision import HALF, rounded
 
 _FOLLOWERS = ("Relu",)
 
@@ -68,7 +68,7 @@ class _Casts:
         for index, name in enumerate(node.input):
             if name in weights:
                 values: np.ndarray = numpy_helper.to_array(weights[name])
-                weights.setdefault(f"{name}.half", rounded_to_half(values, f"{name}.half"))
+                weights.setdefault(f"{name}.half", rounded(HALF, values, f"{name}.half"))
             elif name not in self._in_half:
                 self._in_half.add(name)
                 yield _cast(name, f"{name}.half", TensorProto.FLOAT16)

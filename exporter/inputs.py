@@ -12,7 +12,7 @@ from exporter.errors import InputError
 from exporter.image_set import FolderImages, ImageSet
 from exporter.network import Interface, classifier_interface
 from exporter.source import Source, load_network
-from exporter.spec import RANDOM, ExportSpec, Precision
+from exporter.spec import RANDOM, ExportSpec
 from models.registry import BundledWeights, bundled_weights
 
 
@@ -60,12 +60,12 @@ def prepare(
     known = source.trained is not None or spec.calibration_table is not None
     own = source.origin["source"] in ("bundled", RANDOM)
     needed = spec.calibration is not None or not known or (own and source.trained is None)
-    if calibration is None and spec.precision is Precision.INT8 and needed:
+    if calibration is None and spec.precision.is_quantized and needed:
         calibration = calibration_images(spec, source, _required(preprocess, "calibration"))
     if evaluation is None:
         evaluation, notes = evaluation_images(spec, source, _required(preprocess, "evaluation"))
     data = None
-    if spec.precision is Precision.INT8 and calibration is not None:
+    if spec.precision.is_quantized and calibration is not None:
         # ImageNet's is a guess where the caller prepared the arrays and does not say how.
         stated = preprocess if spec.preprocess or source.preprocess else None
         data = check_calibration(calibration, source, stated, source.class_names)
@@ -129,7 +129,7 @@ def choose_preprocess(spec: ExportSpec, source: Source) -> Preprocess | None:
 
 
 def calibration_images(spec: ExportSpec, source: Source, preprocess: Preprocess) -> FolderImages:
-    """The images that decide the INT8 scales; never random data.
+    """The images that decide the scales; never random data.
 
     Raises:
         InputError: if there are none, or the folder cannot be used.
@@ -140,8 +140,8 @@ def calibration_images(spec: ExportSpec, source: Source, preprocess: Preprocess)
         root, words = _bundled_images().calibration_images, "bundled training images"
     else:
         raise InputError(
-            "int8 needs calibration images of the kind the network was trained on: pass "
-            "CALIB=folder (50 to 500 images)"
+            f"{spec.precision} needs calibration images of the kind the network was trained on: "
+            "pass CALIB=folder (50 to 500 images)"
         )
     return _open(spec, root, preprocess, words, spec.calibration_images)
 

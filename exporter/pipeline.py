@@ -149,7 +149,9 @@ def run(
         with clock.stage("publish"):
             notes = inputs.source.notes + inputs.notes + fused.notes + precise.notes + judge.notes
             notes += engine.notes
-            write_evidence(writer, inputs, judge, engine, precise.table, prologue=prologue)
+            write_evidence(
+                writer, spec, inputs, judge, engine, table=precise.table, prologue=prologue
+            )
             document = manifest(
                 spec,
                 inputs,
@@ -237,7 +239,7 @@ def _build(
 ) -> BuiltEngine:
     """The engine of ``request``; ``model`` is the float graph whose convolutions it must have.
 
-    The nodes ``kept`` stay float or half in an INT8 engine.
+    The nodes ``kept`` stay float or half in an INT8 or FP8 engine.
     """
     engine = backend.build(request, lambda _phase, fraction: advance(fraction))
     convolutions = sum(node.op_type == "Conv" for node in model.graph.node)

@@ -82,7 +82,9 @@ def make_plan(
     reference = REFERENCE_IMAGES * (image + 4 * classes)
     sizes: dict[str, int | None] = {**graphs, files.REFERENCE: reference}
     if build.precision in ONE_BYTE:
-        sizes |= dict.fromkeys((files.CALIBRATION, files.CALIBRATION_CACHE))
+        sizes[files.CALIBRATION] = None
+    if build.precision == "int8":
+        sizes[files.CALIBRATION_CACHE] = None
     sizes |= dict.fromkeys((files.PARITY, files.JUNIT, files.REPORT, files.MANIFEST))
     return _plan(
         spec.title,

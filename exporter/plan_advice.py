@@ -8,17 +8,17 @@ from exporter.devices import ARCHITECTURES, precision_advice
 from exporter.pixel_input import DTYPE
 from exporter.plan_commands import EngineBuild, trtexec
 from exporter.plan_content import PlannedTarget
-from exporter.spec import RANDOM, ExportSpec, Precision
+from exporter.spec import RANDOM, ExportSpec
 
 CACHE_VERSION = (10, 3)
 """The TensorRT that ``calibration.cache`` is written for."""
 
 
 def calibration_warnings(spec: ExportSpec) -> tuple[str, ...]:
-    """int8 scales come from images, which only the bundled network brings along."""
+    """Scales come from images, which only the bundled network brings along."""
     own = spec.weights not in (None, RANDOM) and not str(spec.weights).endswith(".onnx")
-    if spec.precision is Precision.INT8 and own and spec.calibration is None:
-        return ("int8 needs calibration images of one's own: pass --calib",)
+    if spec.precision.is_quantized and own and spec.calibration is None:
+        return (f"{spec.precision} needs calibration images of one's own: pass --calib",)
     return ()
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from exporter.build_options import DEFAULT_OPTIONS, BuildOptions
-from exporter.devices import ARCHITECTURES, FULL, RTX, Target, target_text
+from exporter.devices import ARCHITECTURES, FULL, OLDEST_WITH, RTX, Target, target_text
 from exporter.engine import (
     Backend,
     BuildRequest,
@@ -20,8 +20,9 @@ from exporter.engine import (
     ProgressCallback,
     get_backend,
     parse_targets,
+    precision_lack,
 )
-from exporter.errors import EnvironmentLackError
+from exporter.errors import EnvironmentLackError, InputError
 from exporter.plan_commands import EngineBuild, trtexec
 from exporter.spec import Precision
 
@@ -135,13 +136,13 @@ class MissingBackend:
         return "not installed"
 
     def supported_targets(self, precision: Precision) -> tuple[str, ...]:
-        """Turing (sm75) does fp16 only, bf16 and fp8 need what the hardware has."""
+        """Turing (sm75) does fp16 only, others what their tensor cores know."""
         return tuple(
             item.capability
             for item in ARCHITECTURES.values()
             if item.builder == RTX
-            and (item.number > 75 or precision.value == "fp16")
-            and (item.number >= 89 or precision.value != "fp8")
+            and (item.number > 75 or precision is Precision.FP16)
+            and item.number >= OLDEST_WITH.get(str(precision), 0)
         )
 
     def build(self, request: BuildRequest, progress: ProgressCallback) -> BuiltEngine:
@@ -193,10 +194,12 @@ def decide_engine(
     if backend is None:
         if not targets:
             raise ValueError("without a backend the targets must be named")
+        _require_able(targets, precision)
         reason = f"{_need(targets)} full TensorRT, run on the device itself"
         return EngineDecision(build_here=(), deferred=tuple(targets), reason=reason)
     able = {name for any_ in Precision for name in backend.supported_targets(any_)}
     deferred = tuple(t for t in targets if t.capability in ARCHITECTURES.keys() - able)
+    _require_able(deferred, precision)
     here = [target for target in targets if target not in deferred]
     build_here: tuple[str, ...] = ()
     if here or not targets:
@@ -210,6 +213,14 @@ def decide_engine(
             f"{backend.name} builds for {', '.join(backend.supported_targets(precision))}"
         )
     return EngineDecision(build_here=build_here, deferred=deferred, reason=reason)
+
+
+def _require_able(targets: Sequence[Target], precision: Precision) -> None:
+    for target in targets:
+        known = ARCHITECTURES.get(target.capability)
+        lack = precision_lack(known.number, precision) if known else None
+        if lack is not None:
+            raise InputError(f"target {target.label} cannot do {precision}: {lack}")
 
 
 def defer(decision: EngineDecision, build: EngineBuild) -> DeferredEngine | None:

@@ -42,8 +42,14 @@ def _precision(spec: ExportSpec) -> dict[str, str]:
     if spec.precision is Precision.FP32:
         return {}
     if str(spec.precision) in TWO_BYTES:
-        return {"half": f"convert the graph to {spec.precision} and compare it with the original"}
+        name = "half" if spec.precision is Precision.FP16 else "bfloat16"
+        return {name: f"convert the graph to {spec.precision} and compare it with the original"}
     images = str(spec.calibration) if spec.calibration else "the bundled images"
+    if spec.precision is Precision.FP8:
+        return {
+            "calibrate": f"observe up to {spec.calibration_images} calibration images ({images})",
+            "quantize": "scales by the largest magnitude and Q/DQ nodes; compare with the original",
+        }
     recipe = f"recipe {spec.recipe}" if spec.recipe else "the best recipe that the graph allows"
     return {
         "calibrate": f"observe up to {spec.calibration_images} calibration images ({images})",

@@ -1,27 +1,61 @@
-"""Float graph -> half graph with float32 inputs and outputs, and the check that half can hold it.
+"""Float graph -> half or bfloat16 graph with float32 inputs and outputs, and whether it can be.
 
 TensorRT 11 and TensorRT-RTX read the precision from the graph ("strongly typed"), so half means
 half initializers and half tensors between a Cast after each input and a Cast before each output.
 Two things stay float32: what is computed from shapes alone (pixel counts beyond 2048 are no half
 numbers), and the operands that ONNX wants in float32 whatever the rest is, such as Resize's scales.
 
-IEEE binary16 ends at 65504. A value beyond it becomes Inf, and the engine's answer NaN; that can be
-known beforehand from the ranges of real images.
+=============  ========  =========  =====================  ====================
+type           exponent  mantissa   ends at                in ONNX's Conv since
+=============  ========  =========  =====================  ====================
+half           5 bits    10 bits    65504                  opset 1
+bfloat16       8 bits    7 bits     (2 - 2^-7) 2^127       opset 22
+=============  ========  =========  =====================  ====================
+
+A value beyond the end becomes Inf, and the engine's answer NaN; that can be known beforehand from
+the ranges of real images. bfloat16 ends where float32 does, so only its weights are looked at.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, MutableSequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from exporter.errors import GateFailedError
-from exporter.graph import attributes, with_outputs
+from exporter.graph import attributes, in_opset, with_outputs
 from exporter.onnx_runner import Batch, OnnxRunner
 
 HALF_MAX = 65504.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NarrowType:
+    """A floating-point type of 16 bits.
+
+    ``suffix`` ends the names of tensors that exist in float32 too. ``opset`` is the oldest in which
+    all operators take the type, 0 if the graph's own always does.
+    """
+
+    name: str
+    suffix: str
+    code: int
+    largest: float
+    opset: int = 0
+
+
+HALF = NarrowType(name="half", suffix="half", code=TensorProto.FLOAT16, largest=HALF_MAX)
+BFLOAT16 = NarrowType(
+    name="bfloat16",
+    suffix="bf16",
+    code=TensorProto.BFLOAT16,
+    largest=(2 - 2**-7) * 2.0**127,
+    opset=22,
+)
+
 _FLOAT_SLOTS = {"Resize": (1, 2)}
 """Operands of an operator that are float32 by the ONNX specification, by index."""
 
@@ -32,43 +66,50 @@ _STEP = 4
 """Images a step where almost every tensor of the network is held at once."""
 
 
-def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a strongly typed half copy of a float graph.
+def to_type(kind: NarrowType, model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a strongly typed copy of a float graph that computes in ``kind``.
 
     Raises:
-        GateFailedError: naming the tensor, if a weight is beyond half's range or NaN; if an
+        GateFailedError: naming the tensor, if a weight is beyond the type's range or NaN; if an
             operator of the graph cannot be typed so.
     """
-    half = onnx.ModelProto()
-    half.CopyFrom(model)
-    graph = half.graph
+    try:
+        narrow = in_opset(model, kind.opset)
+    except ValueError as error:
+        raise _no_form(kind, error) from error
+    graph = narrow.graph
     _constants_to_initializers(graph)
-    sizes = _computed_from_shapes(half)
-    _store_half(graph, sizes)
+    sizes = _computed_from_shapes(narrow)
+    _store(kind, graph, sizes)
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
         if node.output[0] not in sizes:
-            nodes += _size_casts(node, sizes, nodes)
-            _retype(node)
+            nodes += _size_casts(kind, node, sizes, nodes)
+            _retype(kind, node)
         nodes.append(node)
     ends = [[v.name for v in values if _is_float(v)] for values in (graph.input, graph.output)]
     inputs, outputs = ends[0], [name for name in ends[1] if name not in sizes]
+    inner = {name: f"{name}.{kind.suffix}" for name in (*inputs, *outputs)}
     for node in nodes:
-        for name in (*inputs, *outputs):
-            _rename(node.input, name, f"{name}.half")
-            _rename(node.output, name, f"{name}.half")
-    first = [_cast(name, f"{name}.half", TensorProto.FLOAT16, f"{name}.cast") for name in inputs]
-    last = [_cast(f"{name}.half", name, TensorProto.FLOAT, f"{name}.cast") for name in outputs]
+        for name, other in inner.items():
+            _rename(node.input, name, other)
+            _rename(node.output, name, other)
+    first = [_cast(name, inner[name], kind.code, f"{name}.cast") for name in inputs]
+    last = [_cast(inner[name], name, TensorProto.FLOAT, f"{name}.cast") for name in outputs]
     del graph.node[:], graph.value_info[:]
     graph.node.extend([*first, *nodes, *last])
     try:
-        onnx.checker.check_model(half, full_check=True)
+        onnx.checker.check_model(narrow, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise GateFailedError(
-            f"the graph has no half form: {first_line}; use PRECISION=fp32 or int8"
-        ) from error
-    return half
+        raise _no_form(kind, error) from error
+    return narrow
+
+
+def _no_form(kind: NarrowType, error: Exception) -> GateFailedError:
+    first_line = str(error).strip().splitlines()[0]
+    return GateFailedError(
+        f"the graph has no {kind.name} form: {first_line}; use PRECISION=fp32 or int8"
+    )
 
 
 def _constants_to_initializers(graph: onnx.GraphProto) -> None:
@@ -105,8 +146,8 @@ def _computed_from_shapes(model: onnx.ModelProto) -> dict[str, bool]:
     return sizes
 
 
-def _store_half(graph: onnx.GraphProto, sizes: Mapping[str, bool]) -> None:
-    """Round the float32 initializers to half, but for operands that stay float32."""
+def _store(kind: NarrowType, graph: onnx.GraphProto, sizes: Mapping[str, bool]) -> None:
+    """Round the float32 initializers, but for operands that stay float32."""
     kept = {
         name
         for node in graph.node
@@ -116,24 +157,25 @@ def _store_half(graph: onnx.GraphProto, sizes: Mapping[str, bool]) -> None:
     for tensor in [t for t in graph.initializer if t.data_type == TensorProto.FLOAT]:
         values = numpy_helper.to_array(tensor)
         if tensor.name not in kept:
-            tensor.CopyFrom(rounded_to_half(values, tensor.name))
+            tensor.CopyFrom(rounded(kind, values, tensor.name))
             continue
-        readers = [node for node in graph.node if tensor.name in _half_operands(node, sizes)]
+        readers = [node for node in graph.node if tensor.name in _narrow_operands(node, sizes)]
+        other = f"{tensor.name}.{kind.suffix}"
         if readers:
-            graph.initializer.append(rounded_to_half(values, f"{tensor.name}.half"))
+            graph.initializer.append(rounded(kind, values, other))
         for node in readers:
-            _rename_operands(node, tensor.name, f"{tensor.name}.half")
+            _rename_operands(node, tensor.name, other)
 
 
-def rounded_to_half(values: np.ndarray, name: str) -> onnx.TensorProto:
-    """``values`` in half as the initializer ``name``; GateFailedError beyond half's range."""
+def rounded(kind: NarrowType, values: np.ndarray, name: str) -> onnx.TensorProto:
+    """``values`` in ``kind`` as the initializer ``name``; GateFailedError beyond its range."""
     largest = float(np.max(np.abs(values), initial=0.0))
-    if not largest <= HALF_MAX:
-        raise _overflow(name, largest)
-    return numpy_helper.from_array(values.astype(np.float16), name)
+    if not largest <= kind.largest:
+        raise _overflow(name, largest, kind)
+    return numpy_helper.from_array(values.astype(helper.tensor_dtype_to_np_dtype(kind.code)), name)
 
 
-def _half_operands(node: onnx.NodeProto, sizes: Mapping[str, bool]) -> list[str]:
+def _narrow_operands(node: onnx.NodeProto, sizes: Mapping[str, bool]) -> list[str]:
     if node.output[0] in sizes:
         return []
     fixed = _FLOAT_SLOTS.get(node.op_type, ())
@@ -148,28 +190,32 @@ def _rename_operands(node: onnx.NodeProto, old: str, new: str) -> None:
 
 
 def _size_casts(
-    node: onnx.NodeProto, sizes: Mapping[str, bool], before: list[onnx.NodeProto]
+    kind: NarrowType,
+    node: onnx.NodeProto,
+    sizes: Mapping[str, bool],
+    before: list[onnx.NodeProto],
 ) -> list[onnx.NodeProto]:
-    """Where a float number computed from shapes enters the data, it becomes half."""
+    """Where a float number computed from shapes enters the data, it becomes narrow."""
     made = {name for other in before for name in other.output}
     casts = []
-    for name in dict.fromkeys(_half_operands(node, sizes)):
+    for name in dict.fromkeys(_narrow_operands(node, sizes)):
         if sizes.get(name, False):
-            if f"{name}.half" not in made:
-                casts.append(_cast(name, f"{name}.half", TensorProto.FLOAT16, f"{name}.half.cast"))
-            _rename_operands(node, name, f"{name}.half")
+            other = f"{name}.{kind.suffix}"
+            if other not in made:
+                casts.append(_cast(name, other, kind.code, f"{other}.cast"))
+            _rename_operands(node, name, other)
     return casts
 
 
-def _retype(node: onnx.NodeProto) -> None:
+def _retype(kind: NarrowType, node: onnx.NodeProto) -> None:
     """Data types that are written in attributes."""
     for attribute in node.attribute:
         names_type = attribute.name == "dtype" or (node.op_type, attribute.name) == ("Cast", "to")
         if names_type and attribute.i == TensorProto.FLOAT:
-            attribute.i = TensorProto.FLOAT16
+            attribute.i = kind.code
         elif attribute.t.data_type == TensorProto.FLOAT:
             values = numpy_helper.to_array(attribute.t)
-            attribute.t.CopyFrom(rounded_to_half(values, node.name or node.output[0]))
+            attribute.t.CopyFrom(rounded(kind, values, node.name or node.output[0]))
 
 
 def largest_magnitudes(model: onnx.ModelProto, batches: Iterable[Batch]) -> Mapping[str, float]:
@@ -198,10 +244,11 @@ def require_half_range(magnitudes: Mapping[str, float]) -> None:
             raise _overflow(name, largest)
 
 
-def _overflow(name: str, largest: float) -> GateFailedError:
+def _overflow(name: str, largest: float, kind: NarrowType = HALF) -> GateFailedError:
+    wider = "bf16, fp32" if kind is HALF else "fp32"
     return GateFailedError(
-        f"half overflow in {name}: its values reach {largest:.7g}, half ends at {HALF_MAX:g}; "
-        "use PRECISION=fp32 or int8"
+        f"{kind.name} overflow in {name}: its values reach {largest:.7g}, {kind.name} ends at "
+        f"{kind.largest:g}; use PRECISION={wider} or int8"
     )
 
 

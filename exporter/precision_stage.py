@@ -12,18 +12,29 @@ from calibration.table import CalibrationTable
 from exporter import parity
 from exporter.calibrator import observe_images
 from exporter.errors import InputError
+from exporter.fp8 import Fp8Options, quantize_fp8
 from exporter.inputs import Inputs
 from exporter.int8 import Int8Request, choose
 from exporter.judge import Judge
 from exporter.onnx_runner import OnnxRunner
 from exporter.parity import Gate
 from exporter.plain_chain import PlainChain, read_chain
-from exporter.precision import largest_magnitudes, require_half_range, to_half
+from exporter.precision import (
+    BFLOAT16,
+    HALF,
+    NarrowType,
+    largest_magnitudes,
+    require_half_range,
+    to_type,
+)
 from exporter.quantizers import QuantizerOptions, open_quantizer
 from exporter.replay import load_table, replay, require_binding
+from exporter.runnable import runnable
 from exporter.source import Source
 from exporter.spec import RANDOM, ExportSpec, Precision
 from exporter.trained_scales import quantize_trained
+
+_NARROW = {Precision.FP16: HALF, Precision.BF16: BFLOAT16}
 
 Stage = Callable[[str], AbstractContextManager[Callable[[float], None]]]
 """Opens a named stage of the run and gives what reports its progress, 0 to 1."""
@@ -56,16 +67,62 @@ def apply_precision(
     """
     if spec.precision is Precision.FP32:
         return Precise(model=model, graph=model)
-    if spec.precision is Precision.FP16:
-        gate = _precision_gate(spec, inputs.source)
-        with stage("half"):
-            require_half_range(largest_magnitudes(model, judge.batches()))
-            graph = to_half(model)
-            judge.check("fp16", OnnxRunner(graph, optimize=False).run, gate)
-        return Precise(model=model, graph=graph)
+    kind = _NARROW.get(spec.precision)
+    if kind is not None:
+        return _narrow(spec, inputs, model, judge, stage, kind=kind)
+    if spec.precision is Precision.FP8:
+        return _fp8(spec, inputs, model, judge, stage)
     if inputs.source.trained is not None:
         return _quantize_trained(spec, inputs, model, judge, stage)
     return _quantize(spec, inputs, model, judge, stage)
+
+
+def _narrow(
+    spec: ExportSpec,
+    inputs: Inputs,
+    model: onnx.ModelProto,
+    judge: Judge,
+    stage: Stage,
+    *,
+    kind: NarrowType,
+) -> Precise:
+    with stage(kind.name):
+        if kind is HALF:
+            require_half_range(largest_magnitudes(model, judge.batches()))
+        graph = to_type(kind, model)
+        way = runnable(graph, str(spec.precision))
+        run = OnnxRunner(way.model, optimize=way.optimize).run
+        judge.check(str(spec.precision), run, _precision_gate(spec, inputs.source))
+    return Precise(model=model, graph=graph, notes=way.notes)
+
+
+def _fp8(
+    spec: ExportSpec, inputs: Inputs, model: onnx.ModelProto, judge: Judge, stage: Stage
+) -> Precise:
+    images = inputs.calibration
+    _require_labels(spec, judge)
+    if images is None:
+        raise InputError("fp8 needs calibration images: pass CALIB=folder")
+    options = Fp8Options(
+        keep_float=spec.keep_float,
+        per_tensor_weights=spec.per_tensor_weights,
+        preprocess=inputs.preprocess,
+    )
+    with stage("calibrate") as advance:
+        made = quantize_fp8(model, read_chain(model), images, options, advance)
+    with stage("quantize"):
+        judge.recheck("simplified", OnnxRunner(made.model).run)
+        way = runnable(made.graph, str(spec.precision))
+        run = OnnxRunner(way.model, optimize=way.optimize).run
+        judge.check(str(spec.precision), run, _precision_gate(spec, inputs.source))
+    return Precise(model=made.model, graph=made.graph, table=made.table, kept_float=made.kept_float)
+
+
+def _require_labels(spec: ExportSpec, judge: Judge) -> None:
+    if spec.max_drop is not None and judge.labels is None:
+        raise InputError(
+            "--max-drop needs labels: pass --evaluation with a folder for each of the classes"
+        )
 
 
 def _quantize_trained(
@@ -111,10 +168,7 @@ def _quantize(
     spec: ExportSpec, inputs: Inputs, model: onnx.ModelProto, judge: Judge, stage: Stage
 ) -> Precise:
     images = inputs.calibration
-    if spec.max_drop is not None and judge.labels is None:
-        raise InputError(
-            "--max-drop needs labels: pass --evaluation with a folder for each of the classes"
-        )
+    _require_labels(spec, judge)
     request = Int8Request(
         recipe=spec.recipe,
         gate=_precision_gate(spec, inputs.source),
@@ -177,8 +231,8 @@ def _replay(
 
 def _precision_gate(spec: ExportSpec, source: Source) -> Gate:
     gate = parity.GATES[str(spec.precision)]
-    if source.origin["source"] == RANDOM and spec.precision is Precision.INT8:
-        gate = parity.UNTRAINED_INT8_GATE
+    if source.origin["source"] == RANDOM and spec.precision.is_quantized:
+        gate = parity.UNTRAINED_GATE
     trained = source.trained
     if trained is not None and not spec.keep_float:
         gate = trained.gate

@@ -15,6 +15,7 @@ from exporter.judge import Judge
 from exporter.onnx_runner import Batch, OnnxRunner, Outputs, Runner
 from exporter.precision_stage import Precise, Stage
 from exporter.prologue import Prologue, normalized, require_prologue, with_prologue
+from exporter.runnable import runnable
 from exporter.source import Source
 from exporter.spec import ExportSpec, Precision
 
@@ -97,7 +98,8 @@ def precede(
         if precision is Precision.FP32:
             return replace(precise, model=model, graph=model)
         graph = _preceded(precise.graph, prologue)
-        runner = OnnxRunner(graph, optimize=precision is not Precision.FP16)
+        ready = runnable(graph, str(precision))
+        runner = OnnxRunner(ready.model, optimize=ready.optimize)
         _recheck(judge, str(precision), _fed(runner, prologue))
     return replace(precise, model=model, graph=graph)
 

@@ -29,7 +29,8 @@ def load_table(path: Path) -> CalibrationTable:
     """Read ``calibration.json`` of a bundle.
 
     Raises:
-        InputError: if it cannot be read, or holds trained scales, which belong to their weights.
+        InputError: if it cannot be read, or holds trained scales, which belong to their weights, or
+            scales of another type than INT8.
     """
     try:
         table = CalibrationTable.loads(path.read_text("utf-8"))
@@ -39,6 +40,11 @@ def load_table(path: Path) -> CalibrationTable:
         raise InputError(
             f"calibration table {path} holds the scales that came with the weights: pass these "
             "weights and no table"
+        )
+    if "data_type" in table.options:
+        raise InputError(
+            f"calibration table {path} holds scales for {table.options['data_type']}, not for "
+            "int8: leave --calibration-table away to calibrate anew"
         )
     return table
 

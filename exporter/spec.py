@@ -36,10 +36,17 @@ class Precision(str, Enum):
 
     FP32 = "fp32"
     FP16 = "fp16"
+    BF16 = "bf16"
     INT8 = "int8"
+    FP8 = "fp8"
 
     def __str__(self) -> str:
         return self.value
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether it needs scales, and calibration images to find them."""
+        return self in (Precision.INT8, Precision.FP8)
 
 
 class Recipe(str, Enum):
@@ -333,7 +340,9 @@ def _dynamic_size_complaints(profile: SizeProfile, image_size: tuple[int, int] |
 
 def _int8_complaints(request: ExportRequest, precision: Precision) -> list[str]:
     """What only INT8 can obey must not be dropped in silence."""
-    names = ("recipe", "keep_float", "per_tensor_weights", "power_of_two", "calibration_table")
+    names: tuple[str, ...] = ("recipe", "power_of_two", "calibration_table")
+    if precision is not Precision.FP8:
+        names += ("keep_float", "per_tensor_weights")
     given = [f"--{name.replace('_', '-')}" for name in names if getattr(request, name)]
     if not given:
         return []

@@ -15,6 +15,7 @@ from calibration.effects import measured_effects
 from calibration.equalize import (
     EqualizeOptions,
     Scaling,
+    binary_scale,
     equalization_error,
     equalize,
     require_equal,
@@ -243,6 +244,17 @@ def test_dead_channels_get_a_bounded_scale() -> None:
     found = equalize(chain, statistics_of(chain, images), measured_effects(chain, images), options)
     assert found.scales[0] is not None
     assert found.scales[0].max() * 1e-3 == found.scales[0][2]
+
+
+@given(st.lists(st.floats(1e-30, 1e30), min_size=1, max_size=16))
+def test_a_binary_scale_is_the_nearest_power_of_two(largest: list[float]) -> None:
+    """Within a factor of sqrt 2 of the channel's magnitude, and of a floor for dead channels."""
+    peaks = np.array(largest)
+    scale = binary_scale(peaks)
+    assert np.array_equal(np.frexp(scale)[0], np.full(len(peaks), 0.5))
+    bounded = np.maximum(peaks, 1e-3 * peaks.max())
+    assert (np.abs(np.log2(scale) - np.log2(bounded)) <= 0.5 + 1e-9).all()
+    assert np.array_equal(np.ones(3), binary_scale(np.zeros(3)))
 
 
 def test_a_chain_that_is_not_the_network_is_refused() -> None:

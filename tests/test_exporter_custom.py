@@ -147,7 +147,9 @@ def test_nodes_are_named_after_modules(bundle: Bundle) -> None:
 def test_every_convolution_of_the_engine_is_int8(bundle: Bundle) -> None:
     """The engine is held to the number of convolutions that the graph has."""
     engine = json.loads((bundle.path / "engine.json").read_text())
-    assert {"total": 4, "int8": 4, "half": 0, "float": 0} == engine["convolutions"]
+    assert {"total": 4, "int8": 4, "half": 0, "float": 0, "bf16": 0, "fp8": 0} == engine[
+        "convolutions"
+    ]
 
 
 def test_a_custom_bundle_runs_and_verifies(bundle: Bundle, network: TwoInputs) -> None:

@@ -41,6 +41,34 @@ def test_the_typed_graph_binds_wherever_weak_typing_is_not_all_there_is(
     assert Approach(graph=Path("typed.onnx"), strongly_typed=True) == way
 
 
+def test_a_weakly_typed_bf16_build_reads_the_float_graph():
+    """Where the library has the flag, it is the one that is set."""
+    options = BuildOptions(typing=Typing.WEAK)
+    request = replace(REQUEST, precision=Precision.BF16, options=options)
+
+    way = choose_approach(request, BOTH | {Capability.BF16_FLAG}, "lib 10")
+
+    assert (Path("float.onnx"), False, frozenset({Precision.BF16})) == (
+        way.graph,
+        way.strongly_typed,
+        way.allowed,
+    )
+
+
+def test_a_weakly_typed_fp8_build_reads_the_qdq_graph():
+    """The flag alone does not tell that the library can, for 8.6 has it for plugins."""
+    options = BuildOptions(typing=Typing.WEAK)
+    request = replace(REQUEST, precision=Precision.FP8, options=options)
+
+    way = choose_approach(request, BOTH | {Capability.FP8_FLAG}, "lib 10")
+
+    assert (Path("typed.onnx"), False, frozenset({Precision.FP8})) == (
+        way.graph,
+        way.strongly_typed,
+        way.allowed,
+    )
+
+
 def test_a_dla_gets_half_beside_implicit_int8():
     """Layers without a scale may run on the DLA in half."""
     options = BuildOptions(calibration_cache=CACHE, dla=Dla())
@@ -84,6 +112,16 @@ def test_a_dla_gets_half_beside_implicit_int8():
             BOTH,
             "the DLA of lib 10 takes INT8 from a calibration cache and not from Q/DQ nodes: pass "
             "the bundle's calibration.cache",
+        ),
+        (
+            replace(REQUEST, precision=Precision.BF16),
+            WEAK,
+            "lib 10 does not build bf16, which came with TensorRT 10: use fp16",
+        ),
+        (
+            replace(REQUEST, precision=Precision.FP8),
+            WEAK | {Capability.FP8_FLAG},
+            "lib 10 does not build fp8, which came with TensorRT 10: use fp16",
         ),
         (
             replace(REQUEST, options=BuildOptions(typing=Typing.WEAK)),

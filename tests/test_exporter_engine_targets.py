@@ -23,6 +23,7 @@ from exporter.engine import (
     ProgressCallback,
     TargetFigures,
     check_engine,
+    count_words,
     engine_not_run_reason,
     get_backend,
     parse_targets,
@@ -171,7 +172,14 @@ def test_engine_json_leads_with_the_worst_target():
 
     assert content == json.loads(json.dumps(content))
     assert content["targets"] == ["sm80", "sm86"]
-    assert content["convolutions"] == {"total": 22, "int8": 20, "half": 2, "float": 0}
+    assert content["convolutions"] == {
+        "total": 22,
+        "int8": 20,
+        "half": 2,
+        "float": 0,
+        "bf16": 0,
+        "fp8": 0,
+    }
     assert worst.to_json() == content["per_target"]["sm86"]  # type: ignore[index]
     assert {
         "backend", "version", "targets", "convolutions", "epilogue_fused", "other_kernels",
@@ -239,6 +247,43 @@ def test_without_a_driver_the_reason_says_so(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ctypes, "CDLL", fail)
 
     assert "no NVIDIA driver" in engine_not_run_reason()
+
+
+@pytest.mark.parametrize(
+    ("target", "precision", "sentence"),
+    [
+        (
+            "sm75",
+            Precision.BF16,
+            "target sm75 cannot do bf16: bfloat16 came with Ampere (sm80); use fp16 (known: sm80, "
+            "sm86, sm89, sm120, sm121)",
+        ),
+        (
+            "sm86",
+            Precision.FP8,
+            "target sm86 cannot do fp8: FP8 came with Ada Lovelace (sm89); use int8, or fp16 "
+            "before Ampere (known: sm89, sm120, sm121)",
+        ),
+    ],
+)
+def test_a_type_that_the_tensor_cores_lack_is_refused(
+    target: str, precision: Precision, sentence: str
+):
+    """The sentence says since when there is one, and what to use instead."""
+    pytest.importorskip("tensorrt_rtx")
+    with pytest.raises(InputError) as caught:
+        parse_targets(target, get_backend("tensorrt-rtx"), precision)
+
+    assert sentence == str(caught.value)
+
+
+def test_types_that_are_seldom_are_named_where_they_occur():
+    """Engines of older versions, which list neither, are told as before."""
+    counts = {"total": 5, "int8": 1, "half": 0, "float": 2}
+
+    assert "1 INT8, 0 half, 2 float" == count_words(counts)
+    assert "1 INT8, 0 half, 2 float" == count_words({**counts, "bf16": 0, "fp8": 0})
+    assert "1 INT8, 0 half, 2 float, 2 bfloat16" == count_words({**counts, "bf16": 2, "fp8": 0})
 
 
 def test_the_door_lists_what_it_holds():

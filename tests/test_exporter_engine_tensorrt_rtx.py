@@ -42,13 +42,20 @@ SIZE = 64
 CLASSES = 10
 CONVOLUTIONS = 22
 OPEN_BATCH = "N"
+FLOAT8 = helper.tensor_dtype_to_np_dtype(TensorProto.FLOAT8E4M3FN)
+FLOAT8_OPSET = 20
+"""One above the oldest, and so above that of half scales, by which the two are told apart."""
+
+NARROW = {Precision.FP16: TensorProto.FLOAT16, Precision.BF16: TensorProto.BFLOAT16}
 AMPERE_AND_LATER = ("sm80", "sm86", "sm89", "sm120", "sm121")
 
 
 class Graph:
     """A deploy-form RepVGG under construction, node by node."""
 
-    def __init__(self, dtype: type[np.generic]) -> None:
+    def __init__(self, dtype: type[np.generic], oldest: int = 17) -> None:
+        # Half scales came with opset 19, bfloat16 convolutions with 22.
+        self.opset = max(oldest, {np.float32: 17, np.float16: 19}.get(dtype, 22))
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, onnx.TensorProto] = {}
         self.dtype = dtype
@@ -70,10 +77,9 @@ class Graph:
             [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [batch, CLASSES])],
             list(self.constants.values()),
         )
-        # Half scales came with opset 19.
-        opset = 17 if self.dtype is np.float32 else 19
-        opsets = [helper.make_opsetid("", opset)]
-        model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
+        opsets = [helper.make_opsetid("", self.opset)]
+        version = helper.find_min_ir_version_for(opsets)
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=version)
         onnx.checker.check_model(model)
         return model
 
@@ -81,16 +87,18 @@ class Graph:
 def quantized(graph: Graph, layer: ConvLayer, x: str, weight: np.ndarray, shape: tuple[int, ...]):
     """Q/DQ on the activation (scale of ``shape``) and per output channel on the weights."""
     name = layer.name
-    step = np.abs(weight).max(axis=(1, 2, 3)) / 127
-    whole = np.round(weight / step[:, None, None, None]).astype(np.int8)
+    kind, largest = (FLOAT8, 448) if graph.opset == FLOAT8_OPSET else (np.int8, 127)
+    step = np.abs(weight).max(axis=(1, 2, 3)) / largest
+    whole = weight / step[:, None, None, None]
+    whole = (np.round(whole) if kind is np.int8 else whole).astype(kind)
     weights = [
         graph.constant(f"{name}.q_weight", whole),
         graph.constant(f"{name}.weight_scale", step.astype(graph.dtype)),
-        graph.constant(f"{name}.weight_zero", np.zeros(len(step), np.int8)),
+        graph.constant(f"{name}.weight_zero", np.zeros(len(step), kind)),
     ]
     dequantized = graph.node("DequantizeLinear", weights, f"{name}.weight", axis=0)
-    scale = graph.constant(f"{name}.scale", np.full(shape, 4 / 127, graph.dtype))
-    zero = graph.constant(f"{name}.zero", np.zeros(shape, np.int8))
+    scale = graph.constant(f"{name}.scale", np.full(shape, 4 / largest, graph.dtype))
+    zero = graph.constant(f"{name}.zero", np.zeros(shape, kind))
     integer = graph.node("QuantizeLinear", [x, scale, zero], f"{name}.integer")
     return graph.node("DequantizeLinear", [integer, scale, zero], f"{name}.input"), dequantized
 
@@ -108,13 +116,15 @@ def repvgg_a0(
     """
     random = np.random.default_rng(0)
     variant = find_variant("A0")
-    half = precision is Precision.FP16 or half_scales
-    graph = Graph(np.float16 if half else np.float32)
-    x = graph.node("Cast", ["input"], "half", to=TensorProto.FLOAT16) if half else "input"
+    code = NARROW.get(precision, TensorProto.FLOAT16 if half_scales else TensorProto.FLOAT)
+    half = code != TensorProto.FLOAT
+    oldest = FLOAT8_OPSET if precision is Precision.FP8 else 17
+    graph = Graph(np.dtype(helper.tensor_dtype_to_np_dtype(code)).type, oldest)
+    x = graph.node("Cast", ["input"], "half", to=code) if half else "input"
     for layer in variant.layers:
         weight = random.standard_normal(layer.weight_shape, np.float32) * 0.05
         bias = graph.constant(f"{layer.name}.bias", np.full(len(weight), 0.1, graph.dtype))
-        if precision is Precision.INT8:
+        if precision.is_quantized:
             x, weights = quantized(graph, layer, x, weight, scale_shape)
         else:
             weights = graph.constant(f"{layer.name}.weight", weight.astype(graph.dtype))
@@ -176,30 +186,31 @@ def build(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("precision", "counts", "fused", "others"),
+    ("precision", "figure", "fused", "others"),
     [
-        (Precision.FP32, (0, 0, 22), 22, 3),
-        (Precision.FP16, (0, 22, 0), 22, 3),
-        (Precision.INT8, (22, 0, 0), 0, 24),
+        (Precision.FP32, "float", 22, 3),
+        (Precision.FP16, "half", 22, 3),
+        (Precision.BF16, "bf16", 22, 3),
+        (Precision.INT8, "int8", 0, 24),
+        (Precision.FP8, "fp8", 0, 24),
     ],
 )
 def test_an_a0_engine_contains_what_was_asked_for(
-    build, precision: Precision, counts: tuple[int, int, int], fused: int, others: int
+    build, precision: Precision, figure: str, fused: int, others: int
 ):
-    """On every target of the precision, all 22 convolutions run in it; only INT8 leaves epilogues.
+    """On every target of the precision, all 22 convolutions run in it; only 8 bits leave epilogues.
 
-    The other kernels are cast or quantization of the input, pooling and classifier, and for INT8
-    one epilogue a convolution.
+    The other kernels are cast or quantization of the input, pooling and classifier, and for 8
+    bits one epilogue a convolution.
     """
     targets = parse_targets(None, get_backend("auto"), precision)
 
     built = build(repvgg_a0(precision), precision, targets)
 
-    int8, half, floats = counts
+    none = dict.fromkeys(("int8", "half", "float", "bf16", "fp8"), 0)
     for figures in built.summary.per_target.values():
-        assert figures.convolutions == ConvolutionCounts(
-            total=CONVOLUTIONS, int8=int8, half=half, float=floats
-        )
+        counts = {"total": CONVOLUTIONS, **none, figure: CONVOLUTIONS}
+        assert figures.convolutions.to_json() == counts
         assert (figures.epilogue_fused, figures.other_kernels) == (fused, others)
     check_engine(built.summary, precision, CONVOLUTIONS)
     assert built.summary.targets == targets
@@ -239,6 +250,54 @@ def test_a_scale_of_shape_1_costs_all_int8_and_the_gate_says_so(build):
     assert summary.convolutions == ConvolutionCounts(total=22, int8=0, half=0, float=22)
     with pytest.raises(GateFailedError, match=r"on sm80 only 0 of 22 .*scale of shape \[\]"):
         check_engine(summary, Precision.INT8, CONVOLUTIONS)
+
+
+def test_a_bf16_engine_from_a_half_graph_fails_the_gate(build):
+    """What the builder makes of the wrong graph is half, and half is not what was asked for."""
+    summary = build(repvgg_a0(Precision.FP16), Precision.BF16, ("sm80",)).summary
+
+    with pytest.raises(GateFailedError) as caught:
+        check_engine(summary, Precision.BF16, CONVOLUTIONS)
+    assert str(caught.value) == (
+        "on sm80 only 0 of 22 convolutions run in bfloat16 (0 INT8, 22 half, 0 float): make "
+        "weights, biases and activations of every convolution bfloat16"
+    )
+
+
+def test_turing_has_no_bfloat16_and_the_builder_says_so(build):
+    """The refusal of `parse_targets` is the builder's own."""
+    with pytest.raises(GateFailedError, match=r"sm75.* HW-specific datatypes: b16"):
+        build(repvgg_a0(Precision.BF16), Precision.BF16, ("sm75",))
+
+
+def test_a_scale_of_shape_1_costs_all_fp8_too(build):
+    """The same trap as at INT8; the gate says what the engine runs instead."""
+    model = repvgg_a0(Precision.FP8, scale_shape=(1,))
+
+    summary = build(model, Precision.FP8, ("sm89",)).summary
+
+    assert (0, 22) == (summary.convolutions.fp8, summary.convolutions.total)
+    with pytest.raises(GateFailedError, match=r"on sm89 only 0 of 22 .* in FP8 .*costs FP8"):
+        check_engine(summary, Precision.FP8, CONVOLUTIONS)
+
+
+def test_an_fp8_engine_from_a_float_or_int8_graph_fails_the_gate(build):
+    """Neither falling back to float nor another type of 8 bits is what was asked for."""
+    for precision, words in (
+        (Precision.FP32, "0 INT8, 0 half, 22 float"),
+        (Precision.INT8, "22 INT8, 0 half, 0 float"),
+    ):
+        summary = build(repvgg_a0(precision), Precision.FP8, ("sm89",)).summary
+        with pytest.raises(GateFailedError) as caught:
+            check_engine(summary, Precision.FP8, CONVOLUTIONS, allow_emulated=True)
+        sentence = f"on sm89 only 0 of 22 convolutions run in FP8 ({words}): give every"
+        assert str(caught.value).startswith(sentence)
+
+
+def test_ampere_has_no_fp8_and_the_builder_says_so(build):
+    """The refusal of `parse_targets` is the builder's own."""
+    with pytest.raises(GateFailedError, match=r"sm86.* HW-specific datatypes: fp8_e4m3"):
+        build(repvgg_a0(Precision.FP8), Precision.FP8, ("sm86",))
 
 
 def test_turing_emulates_int8_in_half_which_passes_only_where_allowed(build):

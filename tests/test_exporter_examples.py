@@ -41,7 +41,9 @@ def test_the_engine_holds_every_convolution_in_int8(made: tuple[str, ModuleType,
     name, _, bundle = made
     total, blocks = EXPECTED[name]
     engine = json.loads((bundle.path / "engine.json").read_text())
-    assert {"total": total, "int8": total, "half": 0, "float": 0} == engine["convolutions"]
+    assert {"total": total, "int8": total, "half": 0, "float": 0, "bf16": 0, "fp8": 0} == engine[
+        "convolutions"
+    ]
     assert ["sm86"] == engine["targets"]
     contract = bundle.manifest["contract"]
     assert (total, blocks) == (contract["convolutions"], contract["blocks"])

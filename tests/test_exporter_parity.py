@@ -202,11 +202,14 @@ def test_an_empty_gate_lets_everything_pass_but_nan_fails_a_set_one() -> None:
 
 
 def test_default_gates() -> None:
-    """Float stages are held to 1e-4, fp16 to 50 dB, int8 to 25 dB and 98 % agreement."""
-    assert ["reparameterized", "onnx", "simplified", "fp16", "int8"] == list(GATES)
+    """Float stages are held to 1e-4, fp16, bf16 and int8 to 50, 32, 25 dB and 98 % agreement."""
+    names = ["reparameterized", "onnx", "simplified", "fp16", "bf16", "int8", "fp8"]
+    assert names == list(GATES)
+    assert Gate(min_sqnr_db=20.0, min_top1_agreement=0.95) == GATES["fp8"]
     for stage in ("reparameterized", "onnx", "simplified"):
         assert Gate(max_relative=1e-4) == GATES[stage]
     assert 50.0 == GATES["fp16"].min_sqnr_db
+    assert Gate(min_sqnr_db=32.0, min_top1_agreement=0.98) == GATES["bf16"]
     assert Gate(min_sqnr_db=25.0, min_top1_agreement=0.98) == GATES["int8"]
 
 

@@ -337,6 +337,30 @@ def test_a_backend_is_not_needed_for_devices_that_build_their_own():
             choose_backend("auto", resolve_targets(text), nothing_installed)
 
 
+@pytest.mark.parametrize(
+    ("text", "precision", "sentence"),
+    [
+        (
+            "xavier",
+            Precision.BF16,
+            "target xavier (sm72) cannot do bf16: bfloat16 came with Ampere (sm80); use fp16",
+        ),
+        (
+            "orin",
+            Precision.FP8,
+            "target orin (sm87) cannot do fp8: FP8 came with Ada Lovelace (sm89); use int8, or "
+            "fp16 before Ampere",
+        ),
+    ],
+)
+def test_a_device_that_cannot_do_the_precision_is_not_deferred(text, precision, sentence):
+    """Its own TensorRT could not build it either, with a backend here or without."""
+    for found in (None, MissingBackend()):
+        with pytest.raises(InputError) as caught:
+            decide_engine(resolve_targets(text), found, precision)
+        assert sentence == str(caught.value)
+
+
 def test_nothing_deferred_is_no_deferred_engine():
     """engine.json then holds figures only."""
     decision = decide_engine(resolve_targets("sm86"), here("auto"), Precision.INT8)

@@ -11,9 +11,17 @@ import pytest
 from onnx import TensorProto, numpy_helper
 
 from exporter.comparison import compare
+from exporter.emulation import emulated
 from exporter.errors import GateFailedError
 from exporter.onnx_runner import OnnxRunner
-from exporter.precision import HALF_MAX, largest_magnitudes, require_half_range, to_half
+from exporter.precision import (
+    BFLOAT16,
+    HALF,
+    HALF_MAX,
+    largest_magnitudes,
+    require_half_range,
+    to_type,
+)
 
 PLAIN = """
 <ir_version: 8, opset_import: ["" : 17]>
@@ -47,7 +55,7 @@ def images(count: int = 5) -> np.ndarray:
 
 def test_all_parameters_are_half_and_the_interface_is_float() -> None:
     """Every initializer is FLOAT16; input and output keep their names and float32."""
-    half = to_half(graph())
+    half = to_type(HALF, graph())
     assert {TensorProto.FLOAT16} == {tensor.data_type for tensor in half.graph.initializer}
     assert list(graph().graph.input) == list(half.graph.input)
     assert list(graph().graph.output) == list(half.graph.output)
@@ -56,7 +64,7 @@ def test_all_parameters_are_half_and_the_interface_is_float() -> None:
 
 def test_there_is_one_cast_at_each_end() -> None:
     """Two Casts are added, to half behind the input and to float before the output."""
-    nodes = list(to_half(graph()).graph.node)
+    nodes = list(to_type(HALF, graph()).graph.node)
     assert ["Cast", *(n.op_type for n in graph().graph.node), "Cast"] == [n.op_type for n in nodes]
     targets = [onnx.helper.get_attribute_value(n.attribute[0]) for n in (nodes[0], nodes[-1])]
     assert [TensorProto.FLOAT16, TensorProto.FLOAT] == targets
@@ -65,7 +73,7 @@ def test_there_is_one_cast_at_each_end() -> None:
 
 def test_every_tensor_between_the_casts_is_half() -> None:
     """Shape inference finds no float32 tensor inside the graph."""
-    inferred = onnx.shape_inference.infer_shapes(to_half(graph()), strict_mode=True)
+    inferred = onnx.shape_inference.infer_shapes(to_type(HALF, graph()), strict_mode=True)
     types = {value.name: value.type.tensor_type.elem_type for value in inferred.graph.value_info}
     assert 8 == len(types)
     assert {TensorProto.FLOAT16} == set(types.values())
@@ -74,15 +82,15 @@ def test_every_tensor_between_the_casts_is_half() -> None:
 def test_half_computes_nearly_the_same() -> None:
     """The half graph is at least 50 dB from the float graph, unoptimized in ONNX Runtime."""
     expected = OnnxRunner(graph())(images())
-    actual = OnnxRunner(to_half(graph()), optimize=False)(images())
+    actual = OnnxRunner(to_type(HALF, graph()), optimize=False)(images())
     assert np.float32 == actual.dtype
     assert compare(expected, actual).sqnr_db >= 50
 
 
 def test_the_float_graph_is_untouched() -> None:
-    """to_half returns a new graph."""
+    """to_type returns a new graph."""
     model = graph()
-    to_half(model)
+    to_type(HALF, model)
     assert graph() == model
 
 
@@ -90,7 +98,7 @@ def test_integer_initializers_stay() -> None:
     """Only float32 becomes half; a shape tensor keeps its type."""
     model = graph()
     model.graph.initializer.append(numpy_helper.from_array(np.array([1], np.int64), "shape"))
-    types = {tensor.name: tensor.data_type for tensor in to_half(model).graph.initializer}
+    types = {tensor.name: tensor.data_type for tensor in to_type(HALF, model).graph.initializer}
     assert TensorProto.INT64 == types["shape"]
 
 
@@ -99,13 +107,15 @@ def test_a_weight_beyond_half_is_named(value: float) -> None:
     """A parameter that half cannot hold is refused by name, NaN included."""
     kernel = np.zeros(SHAPES["w1"])
     kernel[3, 2, 1, 0] = value
-    with pytest.raises(GateFailedError, match=r"half overflow in w1: .*PRECISION=fp32 or int8$"):
-        to_half(graph(w1=kernel))
+    with pytest.raises(
+        GateFailedError, match=r"half overflow in w1: .*PRECISION=bf16, fp32 or int8$"
+    ):
+        to_type(HALF, graph(w1=kernel))
 
 
 def test_the_largest_half_weight_is_accepted() -> None:
     """Exactly 65504 is a half number."""
-    half = to_half(graph(b1=np.full(8, -HALF_MAX)))
+    half = to_type(HALF, graph(b1=np.full(8, -HALF_MAX)))
     stored = {t.name: numpy_helper.to_array(t) for t in half.graph.initializer}
     assert -HALF_MAX == stored["b1"].min()
 
@@ -162,7 +172,7 @@ def test_the_first_layer_beyond_half_is_named() -> None:
         require_half_range(magnitudes)
     assert (
         "half overflow in stage1.0: its values reach 65505, half ends at 65504; "
-        "use PRECISION=fp32 or int8"
+        "use PRECISION=bf16, fp32 or int8"
     ) == str(caught.value)
 
 
@@ -223,7 +233,7 @@ def general_inputs() -> tuple[np.ndarray, np.ndarray]:
 
 def test_several_inputs_and_outputs_keep_their_types() -> None:
     """Each float input gets a Cast, each float output another; the interface is unchanged."""
-    half = to_half(general())
+    half = to_type(HALF, general())
     assert list(general().graph.input) == list(half.graph.input)
     assert list(general().graph.output) == list(half.graph.output)
     casts = [node for node in half.graph.node if node.name.endswith(".cast")]
@@ -239,7 +249,7 @@ def test_several_inputs_and_outputs_keep_their_types() -> None:
 
 def test_constants_have_the_types_that_the_operators_demand() -> None:
     """Clip bounds and factors are half; Resize's scales stay float; a shared one exists twice."""
-    stored = {t.name: t.data_type for t in to_half(general()).graph.initializer}
+    stored = {t.name: t.data_type for t in to_type(HALF, general()).graph.initializer}
     assert TensorProto.FLOAT == stored["up"]
     for name in ("low", "high", "half", "w0", "w2t"):
         assert TensorProto.FLOAT16 == stored[name]
@@ -248,7 +258,7 @@ def test_constants_have_the_types_that_the_operators_demand() -> None:
 
 def test_what_is_computed_from_shapes_stays_float() -> None:
     """Pixel counts and their products are formed in float32; the data around them is half."""
-    half = to_half(general())
+    half = to_type(HALF, general())
     inferred = onnx.shape_inference.infer_shapes(half, strict_mode=True)
     types = {value.name: value.type.tensor_type.elem_type for value in inferred.graph.value_info}
     assert {TensorProto.FLOAT} == {types[name] for name in ("fsides", "area", "d")}
@@ -258,7 +268,7 @@ def test_what_is_computed_from_shapes_stays_float() -> None:
 def test_a_general_half_graph_computes_nearly_the_same() -> None:
     """Both outputs are at least 50 dB from the float graph's."""
     expected = OnnxRunner(general()).run(general_inputs())
-    actual = OnnxRunner(to_half(general()), optimize=False).run(general_inputs())
+    actual = OnnxRunner(to_type(HALF, general()), optimize=False).run(general_inputs())
     for name, values in expected.items():
         assert compare(values, actual[name], classifier=False).sqnr_db >= 50
 
@@ -280,4 +290,64 @@ def test_a_graph_that_has_no_half_form_is_refused() -> None:
     """
     model = onnx.parser.parse_model(text)
     with pytest.raises(GateFailedError, match="the graph has no half form: "):
-        to_half(model)
+        to_type(HALF, model)
+
+
+def test_a_bfloat16_graph_is_typed_as_strongly_as_a_half_one() -> None:
+    """Initializers and all tensors between the ends are BFLOAT16; the interface is float32."""
+    narrow = to_type(BFLOAT16, graph())
+    assert {TensorProto.BFLOAT16} == {tensor.data_type for tensor in narrow.graph.initializer}
+    assert list(graph().graph.input) == list(narrow.graph.input)
+    assert list(graph().graph.output) == list(narrow.graph.output)
+    inferred = onnx.shape_inference.infer_shapes(narrow, strict_mode=True).graph.value_info
+    types = {value.name: value.type.tensor_type.elem_type for value in inferred}
+    assert {"images.bf16", "x0", "y0", "x1", "y1", "p", "f", "logits.bf16"} == set(types)
+    assert {TensorProto.BFLOAT16} == set(types.values())
+
+
+def test_a_bfloat16_graph_has_the_opset_whose_convolution_takes_it() -> None:
+    """Opset 22, or a newer one if the graph has it; a half graph keeps its own."""
+    newer = graph()
+    newer.opset_import[0].version = 23
+    newer.ir_version = 11
+    assert 22 == to_type(BFLOAT16, graph()).opset_import[0].version
+    assert 23 == to_type(BFLOAT16, newer).opset_import[0].version
+    assert 17 == to_type(HALF, graph()).opset_import[0].version
+
+
+def test_bfloat16_holds_what_half_cannot() -> None:
+    """70000 is no half number; what rounds beyond the last bfloat16 is refused by name."""
+    stored = {
+        t.name: numpy_helper.to_array(t)
+        for t in to_type(BFLOAT16, graph(b1=np.full(8, 70000.0))).graph.initializer
+    }
+    assert 70144 == float(stored["b1"][0])
+    to_type(BFLOAT16, graph(b1=np.full(8, BFLOAT16.largest)))
+    with pytest.raises(GateFailedError) as caught:
+        to_type(BFLOAT16, graph(b1=np.full(8, 3.4e38)))
+    assert (
+        "bfloat16 overflow in b1: its values reach 3.4e+38, bfloat16 ends at 3.38953e+38; "
+        "use PRECISION=fp32 or int8"
+    ) == str(caught.value)
+
+
+def test_a_general_bfloat16_graph_computes_nearly_the_same() -> None:
+    """Raised to opset 22, sizes in float32, both outputs are within bf16's gate."""
+    narrow = to_type(BFLOAT16, general())
+    types = {t.name: t.data_type for t in narrow.graph.initializer}
+    assert TensorProto.FLOAT == types["up"]
+    assert (TensorProto.FLOAT, TensorProto.BFLOAT16) == (types["two"], types["two.bf16"])
+    expected = OnnxRunner(general()).run(general_inputs())
+    actual = OnnxRunner(emulated(narrow), optimize=False).run(general_inputs())
+    for name, values in expected.items():
+        assert 36 <= compare(values, actual[name], classifier=False).sqnr_db <= 70
+
+
+def test_a_graph_that_has_no_bfloat16_form_is_refused() -> None:
+    """The sentence names the type that was asked for."""
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    odd (float[batch,4] x) => (float[batch] y) { y = Einsum <equation = "ij->i"> (x) }
+    """
+    with pytest.raises(GateFailedError, match="the graph has no bfloat16 form: "):
+        to_type(BFLOAT16, onnx.parser.parse_model(text))

@@ -127,14 +127,14 @@ def test_a_choice_ignores_case_and_space(text: str) -> None:
     [
         (
             {"precision": "int6"},
-            "unknown precision 'int6' (nearest: int8; known: fp32, fp16, int8)",
+            "unknown precision 'int6' (nearest: int8; known: fp32, fp16, bf16, int8, fp8)",
         ),
         (
             {"recipe": "entropie"},
             "unknown recipe 'entropie' (nearest: entropy; "
             "known: minmax, percentile, mse, entropy, equalize, full, wide, auto)",
         ),
-        ({"precision": "@@"}, "unknown precision '@@' (known: fp32, fp16, int8)"),
+        ({"precision": "@@"}, "unknown precision '@@' (known: fp32, fp16, bf16, int8, fp8)"),
     ],
 )
 def test_an_unknown_choice_names_the_nearest(request_fields: dict[str, Any], expected: str) -> None:
@@ -250,6 +250,27 @@ def test_what_only_int8_can_obey_is_refused_at_other_precisions() -> None:
     found = complaint(precision="fp16", recipe="full", per_tensor_weights=True)
     assert "--recipe, --per-tensor-weights belong to int8, not to fp16" == found
     assert "--power-of-two belongs to int8" in complaint(precision="fp32", power_of_two=True)
+
+
+def test_fp8_takes_what_it_can_obey_and_refuses_the_rest_of_int8s_options() -> None:
+    """Nodes may stay float and weights may have one scale; there is one recipe and no replay."""
+    spec = validate(
+        ExportRequest(
+            model="A0", precision="fp8", keep_float="stage0.conv", per_tensor_weights=True
+        )
+    )
+    assert (Precision.FP8, ("stage0.conv",), True) == (
+        spec.precision,
+        spec.keep_float,
+        spec.per_tensor_weights,
+    )
+    found = complaint(precision="fp8", recipe="full", power_of_two=True, calibration_table="t.json")
+    assert "--recipe, --power-of-two, --calibration-table belong to int8, not to fp8" == found
+
+
+def test_two_precisions_need_calibration_images() -> None:
+    """int8 and fp8 have scales; the others are types of numbers."""
+    assert ["int8", "fp8"] == [str(p) for p in Precision if p.is_quantized]
 
 
 @pytest.mark.parametrize(

@@ -66,8 +66,9 @@ def test_an_unknown_model_is_refused_with_the_nearest_names(refused):
 
 def test_an_unknown_precision_is_refused_with_the_nearest_name(refused):
     """`int9` is near int8."""
-    assert "unknown precision 'int9' (nearest: int8; known: fp32, fp16, int8)" in refused(
-        2, "A0", "--precision", "int9"
+    assert (
+        "unknown precision 'int9' (nearest: int8; known: fp32, fp16, bf16, int8, fp8)"
+        in refused(2, "A0", "--precision", "int9")
     )
 
 

@@ -77,6 +77,27 @@ def bundle(bundles, tmp_path: Path) -> Path:
     return shutil.copytree(made, tmp_path / "copied")
 
 
+def test_a_bf16_bundle_says_what_its_graph_needs_to_run(device: Run, bundles, data: Path):
+    """Without the onnx package the graph is not judged, the rest is; a time is refused."""
+    made, process = bundles("bf16")
+    assert process.returncode == 0, process.stderr
+    done = device("verify", made, "--json")
+    assert done.returncode == 0, done.stderr
+    rows = {row["stage"]: row for row in json.loads(done.stdout)["parity"]["stages"]}
+    needs = (
+        "ONNX Runtime has no bf16 convolutions on the CPU, and emulating them needs the onnx "
+        "package: pip install onnx, or run the engine on a GPU"
+    )
+    assert ("pass", "not_run", needs) == (
+        rows["simplified"]["status"],
+        rows["bf16"]["status"],
+        rows["bf16"]["reason"],
+    )
+    for command in (("evaluate", made, "--data", data), ("benchmark", made)):
+        done = device(*command, "--backend", "onnxruntime")
+        assert (3, f"repvgg-export: {needs}\n") == (done.returncode, done.stderr)
+
+
 @pytest.fixture
 def data(bundle: Path, tmp_path: Path) -> Path:
     """The bundle's reference inputs as image files, in folders named by the original's answer."""

@@ -15,6 +15,10 @@ import pytest
 from calibration.cache_text import parse_cache_text
 from calibration.table import CalibrationTable
 from exporter.bundle import Bundle
+from exporter.comparison import compare
+from exporter.errors import InputError
+from exporter.pipeline import run
+from exporter.spec import ExportRequest, validate
 
 COMMON = {
     "manifest.json", "model.onnx", "model.engine", "engine.json", "reference.npz", "parity.json",
@@ -23,9 +27,11 @@ COMMON = {
 FILES = {
     "fp32": COMMON,
     "fp16": COMMON | {"model.fp16.onnx"},
+    "bf16": COMMON | {"model.bf16.onnx"},
     "int8": COMMON | {"model.int8.onnx", "calibration.json", "calibration.cache"},
+    "fp8": COMMON | {"model.fp8.onnx", "calibration.json"},
 }
-PRECISIONS = ("fp32", "fp16", "int8")
+PRECISIONS = tuple(FILES)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -80,8 +86,12 @@ def test_the_int8_engine_runs_all_22_convolutions_in_int8_on_every_target(bundle
     engine = json.loads((bundles("int8")[0] / "engine.json").read_text())
     assert ["sm80", "sm86", "sm89", "sm120", "sm121"] == engine["targets"]
     for figures in engine["per_target"].values():
-        assert {"total": 22, "int8": 22, "half": 0, "float": 0} == figures["convolutions"]
-    assert {"total": 22, "int8": 22, "half": 0, "float": 0} == engine["convolutions"]
+        assert {"total": 22, "int8": 22, "half": 0, "float": 0, "bf16": 0, "fp8": 0} == figures[
+            "convolutions"
+        ]
+    assert {"total": 22, "int8": 22, "half": 0, "float": 0, "bf16": 0, "fp8": 0} == engine[
+        "convolutions"
+    ]
 
 
 def test_the_fp16_engine_runs_all_22_convolutions_in_half_with_fused_bias_and_relu(bundles):
@@ -89,8 +99,73 @@ def test_the_fp16_engine_runs_all_22_convolutions_in_half_with_fused_bias_and_re
     engine = json.loads((bundles("fp16")[0] / "engine.json").read_text())
     assert ["sm75", "sm80", "sm86", "sm89", "sm120", "sm121"] == engine["targets"]
     for figures in engine["per_target"].values():
-        assert {"total": 22, "int8": 0, "half": 22, "float": 0} == figures["convolutions"]
+        assert {"total": 22, "int8": 0, "half": 22, "float": 0, "bf16": 0, "fp8": 0} == figures[
+            "convolutions"
+        ]
         assert 22 == figures["epilogue_fused"]
+
+
+def test_the_bf16_engine_runs_all_22_convolutions_in_bfloat16_with_fused_bias_and_relu(bundles):
+    """engine.json counts 22 of 22 on sm80 to sm121, and the ledger has its row and how it came."""
+    out, _ = bundles("bf16")
+    engine = json.loads((out / "engine.json").read_text())
+    assert ["sm80", "sm86", "sm89", "sm120", "sm121"] == engine["targets"]
+    counts = {"total": 22, "int8": 0, "half": 0, "float": 0, "bf16": 22, "fp8": 0}
+    for figures in engine["per_target"].values():
+        assert (counts, 22) == (figures["convolutions"], figures["epilogue_fused"])
+    rows = json.loads((out / "parity.json").read_text())["stages"]
+    (row,) = (row for row in rows if row["stage"] == "bf16")
+    assert row["sqnr_db"] >= 45
+    assert (1.0, {"min_sqnr_db": 32.0, "min_top1_agreement": 0.98}) == (
+        row["top1_agreement"],
+        row["tolerance"],
+    )
+    (note,) = (n for n in Bundle.load(out).manifest["notes"] if "bf16" in n)
+    assert note.startswith("the bf16 row was computed in float32 and rounded wherever the graph")
+
+
+def test_the_fp8_engine_runs_all_22_convolutions_in_fp8(bundles):
+    """engine.json counts 22 of 22 on sm89 to sm121; the ledger's row is far above its gate."""
+    out, _ = bundles("fp8")
+    engine = json.loads((out / "engine.json").read_text())
+    assert ["sm89", "sm120", "sm121"] == engine["targets"]
+    counts = {"total": 22, "int8": 0, "half": 0, "float": 0, "bf16": 0, "fp8": 22}
+    for figures in engine["per_target"].values():
+        assert (counts, 0) == (figures["convolutions"], figures["epilogue_fused"])
+    rows = json.loads((out / "parity.json").read_text())["stages"]
+    (row,) = (row for row in rows if row["stage"] == "fp8")
+    assert row["sqnr_db"] >= 29
+    assert row["top1_agreement"] >= 0.99
+
+
+def test_the_calibration_of_an_fp8_bundle_is_no_int8_calibration(bundles, tmp_path):
+    """Scales reach to 448, the table says so, and an int8 export refuses it."""
+    out, _ = bundles("fp8")
+    table = CalibrationTable.loads((out / "calibration.json").read_text())
+    assert ("minmax", "float8e4m3fn") == (table.method, table.options["data_type"])
+    for name, scale in table.activation_scales.items():
+        assert np.float32(table.ranges[name].threshold / 448) == np.float32(scale)
+    spec = validate(
+        ExportRequest(
+            model="A0", calibration_table=str(out / "calibration.json"), out=str(tmp_path / "out")
+        )
+    )
+    with pytest.raises(InputError) as caught:
+        run(spec)
+    assert str(caught.value) == (
+        f"calibration table {out / 'calibration.json'} holds scales for float8e4m3fn, not for "
+        "int8: leave --calibration-table away to calibrate anew"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bf16_bundle_computes_what_its_row_says(bundles):
+    """Bundle.run emulates; its answers are bfloat16 numbers, and as near as the ledger says."""
+    bundle = Bundle.load(bundles("bf16")[0])
+    images, logits = bundle.reference()
+    found = bundle.run(images)
+    assert np.array_equal(found.view(np.uint32) & 0xFFFF, np.zeros_like(found, dtype=np.uint32))
+    assert compare(logits, found).sqnr_db >= 45
 
 
 def test_the_plan_is_a_real_serialized_engine(bundles):
@@ -230,7 +305,7 @@ def test_keep_float_keeps_the_named_convolutions_and_says_so(command, tmp_path):
     process = command(*arguments, "--keep-float", "stage0.conv, stage4.0.conv", "--out", str(out))
     assert process.returncode == 0, process.stderr
     counts = json.loads(process.stdout)["engine"]["convolutions"]
-    assert {"total": 22, "int8": 20, "half": 0, "float": 2} == counts
+    assert {"total": 22, "int8": 20, "half": 0, "float": 2, "bf16": 0, "fp8": 0} == counts
     refused = command(*arguments, "--keep-float", "stage9.conv", "--out", str(tmp_path / "c"))
     assert refused.returncode == 2
     assert "no convolution is called stage9.conv; known: linear, stage0.conv" in refused.stderr

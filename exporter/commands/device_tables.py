@@ -19,11 +19,13 @@ def engine_table(path: Path, engine: Mapping[str, Any]) -> Table:
     """What an engine contains, one row a target; ``engine`` is engine.json."""
     title = f"{path}: engine of {engine['plan_bytes'] / 1e6:.1f} MB by {engine['backend']} "
     table = _table(title + engine["version"], "target")
-    for heading in ("convolutions", "INT8", "half", "float", "fused epilogues", "other kernels"):
+    kinds = ("INT8", "half", "float", "bfloat16", "FP8")
+    for heading in ("convolutions", *kinds, "fused epilogues", "other kernels"):
         table.add_column(heading, justify="right")
     for target, figures in engine["per_target"].items():
         counts = figures["convolutions"]
-        numbers = [counts[key] for key in ("total", "int8", "half", "float")]
+        keys = ("total", "int8", "half", "float", "bf16", "fp8")
+        numbers = [counts.get(key, 0) for key in keys]
         numbers += [figures["epilogue_fused"], figures["other_kernels"]]
         table.add_row(target, *map(str, numbers))
     return table

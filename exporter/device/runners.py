@@ -20,9 +20,7 @@ from exporter.engine.runtime_modules import runtime_module
 from exporter.errors import EnvironmentLackError, GateFailedError, InputError
 from exporter.onnx_runner import Batch, OnnxRunner, Outputs, Runner
 from exporter.profiles import BatchProfile
-
-_RIGHT_WHEN_OPTIMIZED = ("fp32", "int8")
-"""ONNX Runtime's optimizations are kept off other graphs: see :class:`OnnxRunner`."""
+from exporter.runnable import require_timeable, runnable
 
 
 class RunBackend(str, Enum):
@@ -42,7 +40,8 @@ class BundleRunner:
 
     ``backend`` is who really runs, never AUTO; ``library`` names it with its version. ``note`` says
     why it is not the engine where AUTO would have preferred that. ``batch`` are the batch sizes
-    that one step takes. ``prepare`` sets one batch up and returns what runs it, for stopwatches.
+    that one step takes. ``prepare`` sets one batch up and returns what runs it, for stopwatches;
+    where a time would say nothing it raises EnvironmentLackError.
     """
 
     backend: RunBackend
@@ -98,7 +97,8 @@ def open_runner(
     AUTO from anything else.
 
     Raises:
-        EnvironmentLackError: this machine cannot run it: no driver, library or fitting GPU.
+        EnvironmentLackError: this machine cannot run it: no driver, library or fitting GPU, no
+            onnx package where ONNX Runtime needs an emulation.
         InputError: a CUDA graph was asked of ONNX Runtime.
         GateFailedError: ONNX Runtime refuses the graph.
     """
@@ -169,10 +169,13 @@ class _OneStepRunner(OnnxRunner):
 
 
 def _onnxruntime(bundle: Bundle, threads: int, note: str | None) -> BundleRunner:
-    optimize = bundle.manifest["spec"]["precision"] in _RIGHT_WHEN_OPTIMIZED
-    runner = _OneStepRunner(bundle.graph_path, optimize=optimize, threads=threads)
+    precision = bundle.manifest["spec"]["precision"]
+    way = runnable(bundle.graph_path, precision)
+    runner = _OneStepRunner(way.model, optimize=way.optimize, threads=threads)
 
     def prepare(batch: Batch) -> Step:
+        require_timeable(precision)
+
         def step() -> None:
             runner.run(batch)
 

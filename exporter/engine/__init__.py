@@ -29,8 +29,9 @@ from exporter.engine.summary import (
     EngineSummary,
     TargetFigures,
     check_engine,
+    count_words,
 )
-from exporter.engine.targets import parse_targets, target_names
+from exporter.engine.targets import parse_targets, precision_lack, target_names
 from exporter.engine.tensorrt import TensorRt
 from exporter.engine.tensorrt_rtx import TensorRtRtx
 from exporter.errors import InputError
@@ -50,6 +51,7 @@ __all__ = [
     "TensorRtRtx",
     "Typing",
     "check_engine",
+    "count_words",
     "device_target",
     "dla_complaints",
     "dla_lack",
@@ -57,6 +59,7 @@ __all__ = [
     "engine_not_run_reason",
     "get_backend",
     "parse_targets",
+    "precision_lack",
 ]
 
 AUTO = "auto"

@@ -5,10 +5,14 @@
 ==============  ==========================  ==========================  ===========================
 fp32            float graph                 float graph                 -
 fp16            half graph                  float graph, FP16           -
+bf16            bfloat16 graph              float graph, BF16           -
 int8            Q/DQ graph                  Q/DQ graph, INT8            float graph, INT8, scales
                                                                         from the calibration cache
+fp8             Q/DQ graph                  Q/DQ graph, FP8             -
 available       TensorRT >= 10, RTX         TensorRT <= 10              TensorRT <= 10
 ==============  ==========================  ==========================  ===========================
+
+bf16 and fp8 came with TensorRT 10; the flag FP8 of 8.6 is for plugins only.
 
 On a DLA before TensorRT 11, networks are weakly typed, and INT8 is implicit with FP16 beside it for
 the layers that have no scale. Pure functions of capabilities; no TensorRT is touched.
@@ -26,6 +30,11 @@ from exporter.engine.refusal import BadInputError
 from exporter.spec import Precision
 
 _WEAK = (Capability.FP16_FLAG, Capability.INT8_FLAG)
+_LATER = {
+    Precision.BF16: (Capability.BF16_FLAG,),
+    Precision.FP8: (Capability.FP8_FLAG, Capability.STRONG_TYPING),
+}
+"""What tells that a weakly typed network may use a type that TensorRT 8.6 lacks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,30 +66,37 @@ def choose_approach(
                 f"the DLA of {library} takes INT8 from a calibration cache and not from Q/DQ "
                 "nodes: pass the bundle's calibration.cache"
             )
-        return _weak(request)
+        return _weak(request, capabilities, library)
     if options.typing is Typing.WEAK:
         if not weak_exists:
             raise BadInputError(
                 f"{library} builds strongly typed networks only: weak typing was removed in "
                 "TensorRT 11; leave typing at auto"
             )
-        return _weak(request)
+        return _weak(request, capabilities, library)
     if weak_exists and Capability.STRONG_TYPING not in capabilities:
         if options.typing is Typing.STRONG:
             raise BadInputError(
                 f"{library} has no strongly typed networks: they came with TensorRT 10; leave "
                 "typing at auto"
             )
-        return _weak(request)
+        return _weak(request, capabilities, library)
     return Approach(graph=request.onnx_path, strongly_typed=True)
 
 
-def _weak(request: BuildRequest) -> Approach:
+def _weak(request: BuildRequest, capabilities: frozenset[Capability], library: str) -> Approach:
     """Flags allow the precision; a graph without Q/DQ is read in float where there is one."""
+    if not capabilities.issuperset(_LATER.get(request.precision, ())):
+        raise BadInputError(
+            f"{library} does not build {request.precision}, which came with TensorRT 10: use fp16"
+        )
     if request.precision is Precision.FP32:
         return Approach(graph=request.onnx_path, strongly_typed=False)
-    quantized = request.precision is Precision.INT8
-    graph = request.onnx_path if quantized else request.float_path or request.onnx_path
+    graph = (
+        request.onnx_path
+        if request.precision.is_quantized
+        else request.float_path or request.onnx_path
+    )
     note = f"weakly typed: the builder itself chooses among fp32 and {request.precision}"
     return Approach(
         graph=graph,

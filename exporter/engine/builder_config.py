@@ -63,13 +63,27 @@ def _set_targets(api: Api, config: IBuilderConfig, targets: Sequence[str]) -> No
 def _allow(api: Api, config: IBuilderConfig, allowed: frozenset[Precision]) -> None:
     if Precision.FP16 in allowed:
         _allow_half(api, config)
+    if Precision.BF16 in allowed:
+        _allow_bfloat16(api, config)
     if Precision.INT8 in allowed:
         _allow_int8(api, config)
+    if Precision.FP8 in allowed:
+        _allow_fp8(api, config)
 
 
 @needs(Capability.FP16_FLAG)
 def _allow_half(api: Api, config: IBuilderConfig) -> None:
     config.set_flag(api.trt.BuilderFlag.FP16)
+
+
+@needs(Capability.BF16_FLAG)
+def _allow_bfloat16(api: Api, config: IBuilderConfig) -> None:
+    config.set_flag(api.trt.BuilderFlag.BF16)
+
+
+@needs(Capability.FP8_FLAG)
+def _allow_fp8(api: Api, config: IBuilderConfig) -> None:
+    config.set_flag(api.trt.BuilderFlag.FP8)
 
 
 @needs(Capability.INT8_FLAG)

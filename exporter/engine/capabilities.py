@@ -11,6 +11,8 @@ capability           8.6    10.3   10.16  11.4   RTX 1.7
 EXPLICIT_BATCH       yes    yes    yes    -      -
 STRONG_TYPING        -      yes    yes    yes    yes
 FP16_FLAG            yes    yes    yes    -      -
+BF16_FLAG            -      yes    yes    -      -
+FP8_FLAG             yes    yes    yes    -      -
 INT8_FLAG            yes    yes    yes    -      -
 CALIBRATOR           yes    yes    yes    -      -
 PROGRESS_MONITOR     -      yes    yes    yes    yes
@@ -38,6 +40,8 @@ class Capability(Enum):
     EXPLICIT_BATCH = "NetworkDefinitionCreationFlag.EXPLICIT_BATCH"
     STRONG_TYPING = "NetworkDefinitionCreationFlag.STRONGLY_TYPED"
     FP16_FLAG = "BuilderFlag.FP16"
+    BF16_FLAG = "BuilderFlag.BF16"
+    FP8_FLAG = "BuilderFlag.FP8"
     INT8_FLAG = "BuilderFlag.INT8"
     CALIBRATOR = "IInt8EntropyCalibrator2"
     PROGRESS_MONITOR = "IProgressMonitor"

@@ -41,8 +41,8 @@ def dla_complaints(request: BuildRequest) -> tuple[str, ...]:
     if request.options.dla is None:
         return ()
     found = []
-    if request.precision is Precision.FP32:
-        found.append("a DLA computes in half or INT8, not in fp32")
+    if request.precision not in (Precision.FP16, Precision.INT8):
+        found.append(f"a DLA computes in half or INT8, not in {request.precision}")
     if request.batch.min != request.batch.max:
         found.append(f"a DLA needs a fixed batch, not {request.batch}")
     if request.size is not None:

@@ -21,6 +21,9 @@ _FUSION = "fusion"
 _MULTIPLYING = re.compile(r"xmma|fprop|conv|gemm", re.IGNORECASE)
 """A fusion of full TensorRT is elementwise unless its kernel multiplies."""
 
+_FIGURES = {"Int8": "int8", "Half": "half", "BFloat16": "bf16", "FP8": "fp8"}
+"""Where a data type is counted; float is what is left."""
+
 _NOT_KERNELS = frozenset({"signal", "wait", "shape_call", "NoOp", "Constant", "DLA"})
 """Layer types that synchronize streams, compute shapes on the host, or run on no GPU at all."""
 
@@ -82,15 +85,15 @@ def _is_fused(convolution: Layer, layers: tuple[Layer, ...], nodes: tuple[OnnxNo
 def figures(layers: tuple[Layer, ...], nodes: tuple[OnnxNode, ...]) -> TargetFigures:
     """Count the layer table of one plan.
 
-    A convolution counts as INT8 (half) only if activation and weights are both Int8 (Half) where
-    its kernel reads them: fake quantization around a float kernel counts as float.
+    A convolution counts as INT8 (half, ...) only if activation and weights are both Int8 (Half)
+    where its kernel reads them: fake quantization around a float kernel counts as float.
     """
     convolutions = convolution_layers(layers, nodes)
     types = [_datatype(layer) for layer in convolutions]
-    int8, half = types.count("Int8"), types.count("Half")
+    known = {figure: types.count(name) for name, figure in _FIGURES.items()}
     return TargetFigures(
         convolutions=ConvolutionCounts(
-            total=len(types), int8=int8, half=half, float=len(types) - int8 - half
+            total=len(types), float=len(types) - sum(known.values()), **known
         ),
         epilogue_fused=sum(_is_fused(layer, layers, nodes) for layer in convolutions),
         other_kernels=sum(layer.type not in _NOT_KERNELS for layer in layers) - len(convolutions),
@@ -111,13 +114,14 @@ def findings(layers: tuple[Layer, ...], nodes: tuple[OnnxNode, ...]) -> tuple[st
             "convolution kernels"
         )
     types = {_datatype(layer) for layer in convolution_layers(layers, nodes)}
-    odd = sorted(types - {"Int8", "Half", "Float"})
+    odd = sorted(types - {*_FIGURES, "Float"})
     if odd:
         found.append(f"convolutions in {', '.join(odd)} are counted as float")
     separate = counts.total - counted.epilogue_fused
-    if counts.int8 and separate:
+    if (counts.int8 or counts.fp8) and separate:
         found.append(
             f"{separate} of {counts.total} convolutions leave bias, ReLU or requantization to a "
-            "separate kernel: measure on the device whether INT8 is faster than fp16"
+            f"separate kernel: measure on the device whether {'INT8' if counts.int8 else 'FP8'} is "
+            "faster than fp16"
         )
     return tuple(found)

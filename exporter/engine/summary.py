@@ -7,7 +7,7 @@ in float and say nothing. The figures here come from the builder's own layer tab
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from exporter.errors import GateFailedError
 from exporter.spec import Precision
@@ -17,23 +17,43 @@ from exporter.spec import Precision
 class ConvolutionCounts:
     """Convolution kernels by the data type they multiply in.
 
-    ``float`` holds everything that is neither INT8 nor half, so the three add up to ``total``.
+    ``float`` holds everything that is of no other type here, so all but ``total`` add up to it.
     """
 
     total: int
     int8: int
     half: int
     float: int
+    bf16: int = 0
+    fp8: int = 0
 
     def to_json(self) -> dict[str, int]:
-        """The four figures under the names of ``engine.json``."""
-        return {"total": self.total, "int8": self.int8, "half": self.half, "float": self.float}
+        """The figures under the names of ``engine.json``."""
+        return asdict(self)
 
     def in_precision(self, precision: Precision) -> int:
         """How many run in the data type that ``precision`` asks for."""
-        if precision is Precision.INT8:
-            return self.int8
-        return self.half if precision is Precision.FP16 else self.float
+        return self.to_json()[_COUNTED_AS[precision]]
+
+
+def count_words(counts: Mapping[str, int]) -> str:
+    """``22 INT8, 0 half, 0 float`` from the figures of ``engine.json``.
+
+    bfloat16 and FP8 are named only where there are any; engines of older versions list neither.
+    """
+    rest = {key: label for key, label in _RARE.items() if counts.get(key)}
+    labels = {"int8": "INT8", "half": "half", "float": "float", **rest}
+    return ", ".join(f"{counts[key]} {label}" for key, label in labels.items())
+
+
+_COUNTED_AS = {
+    Precision.FP32: "float",
+    Precision.FP16: "half",
+    Precision.BF16: "bf16",
+    Precision.INT8: "int8",
+    Precision.FP8: "fp8",
+}
+_RARE = {"bf16": "bfloat16", "fp8": "FP8"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,12 +103,13 @@ class EngineSummary:
 
     @property
     def worst_target(self) -> str:
-        """The target with the fewest INT8, then half convolutions, then fused epilogues."""
+        """The target with the fewest convolutions in 8, then 16 bits, then fused epilogues."""
 
         def rank(target: str) -> tuple[int, int, int, int]:
             figures = self.per_target[target]
             counts = figures.convolutions
-            return counts.int8, counts.half, figures.epilogue_fused, -figures.other_kernels
+            eight, sixteen = counts.int8 + counts.fp8, counts.half + counts.bf16
+            return eight, sixteen, figures.epilogue_fused, -figures.other_kernels
 
         return min(self.per_target, key=rank)
 
@@ -123,11 +144,22 @@ class EngineSummary:
         }
 
 
-_LABELS = {Precision.INT8: "INT8", Precision.FP16: "half", Precision.FP32: "float"}
+_LABELS = {
+    Precision.INT8: "INT8",
+    Precision.FP8: "FP8",
+    Precision.FP16: "half",
+    Precision.BF16: "bfloat16",
+    Precision.FP32: "float",
+}
+_SCALARS = (
+    "give every activation QuantizeLinear/DequantizeLinear a scale of shape [] (shape [1] silently "
+    "costs {}) and quantize input and weights of every convolution"
+)
 _ADVICE = {
-    Precision.INT8: "give every activation QuantizeLinear/DequantizeLinear a scale of shape [] "
-    "(shape [1] silently costs INT8) and quantize input and weights of every convolution",
+    Precision.INT8: _SCALARS.format("INT8"),
+    Precision.FP8: _SCALARS.format("FP8"),
     Precision.FP16: "make weights, biases and activations of every convolution half",
+    Precision.BF16: "make weights, biases and activations of every convolution bfloat16",
     Precision.FP32: "build fp32 from the float graph",
 }
 
@@ -144,16 +176,16 @@ def check_engine(
     """Return only if all convolutions of the network run in ``precision`` on every target.
 
     ``computed_weights`` of them have weights that the network computes; these cannot be quantized
-    and stay float in INT8 engines. ``pointwise`` of them are 1x1 outside the blocks; a builder may
-    run these as matrix products, which its layer table does not count as convolutions. With
-    ``allow_emulated`` half convolutions pass for quantized ones. Of a network that runs on a DLA in
-    part, only the convolutions on the GPU are judged.
+    and stay float in INT8 and FP8 engines. ``pointwise`` of them are 1x1 outside the blocks; a
+    builder may run these as matrix products, which its layer table does not count as convolutions.
+    With ``allow_emulated`` half convolutions pass for quantized ones. Of a network that runs on a
+    DLA in part, only the convolutions on the GPU are judged.
 
     Raises:
         GateFailedError: naming the first target that fails and its counts, if the number of
             convolutions is not ``expected_convolutions`` or not all run in the data type asked for.
     """
-    spared = computed_weights if precision is Precision.INT8 else 0
+    spared = computed_weights if precision.is_quantized else 0
     fewest = 0 if summary.dla_layers else expected_convolutions - pointwise
     for target, figures in summary.per_target.items():
         counts = figures.convolutions
@@ -172,6 +204,5 @@ def check_engine(
         if not passes:
             raise GateFailedError(
                 f"on {target} only {found} of {wanted} convolutions run in "
-                f"{_LABELS[precision]} ({counts.int8} INT8, {counts.half} half, {counts.float} "
-                f"float): {_ADVICE[precision]}"
+                f"{_LABELS[precision]} ({count_words(counts.to_json())}): {_ADVICE[precision]}"
             )

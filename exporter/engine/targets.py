@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 
+from exporter.devices import OLDEST_WITH
 from exporter.engine.backend import Backend
 from exporter.errors import InputError
 from exporter.spec import Precision
@@ -37,6 +38,12 @@ _REASONS = {
     "dequantizes the weights at run time, so INT8 brings nothing there; use fp16, or "
     "--allow-emulated to build it all the same",
 }
+_TENSOR_CORES = {
+    Precision.BF16: "bfloat16 came with Ampere (sm80); use fp16",
+    Precision.FP8: "FP8 came with Ada Lovelace (sm89); use int8, or fp16 before Ampere",
+}
+"""Why a target before `OLDEST_WITH` cannot do it."""
+
 _EMULATED = frozenset({("sm75", Precision.INT8)})
 """What a backend leaves out although it can be built."""
 
@@ -74,6 +81,12 @@ def target_names(text: str | None) -> tuple[str, ...]:
     return tuple(f"sm{int(match[1].replace('.', ''))}" for match in matches if match)
 
 
+def precision_lack(capability: int, precision: Precision) -> str | None:
+    """Why tensor cores of this capability, 75 for sm75, cannot do it; None if they can."""
+    can = capability >= OLDEST_WITH.get(str(precision), 0)
+    return None if can else _TENSOR_CORES[precision]
+
+
 def _is_emulated(name: str, backend: Backend, precision: Precision) -> bool:
     builds = any(name in backend.supported_targets(other) for other in Precision)
     return builds and (name, precision) in _EMULATED
@@ -109,7 +122,8 @@ def _refusal(name: str, backend: Backend, precision: Precision) -> str:
             "builds only for the GPU it runs on; build there"
         )
     if any(name in backend.supported_targets(other) for other in Precision):
-        reason = _REASONS.get((name, precision), f"{backend.name} does not build it")
+        reason = precision_lack(_number(name), precision) or _REASONS.get((name, precision))
+        reason = reason or f"{backend.name} does not build it"
         return f"target {name} cannot do {precision}: {reason} (known: {', '.join(known)})"
     if name in _DEVICE_ONLY:
         return (

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from types import MappingProxyType
 
 from exporter.build_options import BuildOptions
+from exporter.devices import ARCHITECTURES, OLDEST_WITH
 from exporter.engine import build_log, inventory
 from exporter.engine.backend import BuildRequest, BuiltEngine, ProgressCallback
 from exporter.engine.installation import installed_version, is_installed, require_buildable
@@ -75,10 +76,12 @@ class TensorRtRtx:
         return installed_version(MODULE)
 
     def supported_targets(self, precision: Precision) -> tuple[str, ...]:
-        """Turing (sm75) only for fp16: `parse_targets` tells why."""
+        """Turing (sm75) for fp16 only, and no others that lack it: `parse_targets` tells why."""
         if precision is Precision.FP16:
             return TARGETS
-        return tuple(target for target in TARGETS if target != _TURING)
+        oldest = OLDEST_WITH.get(str(precision), 0)
+        able = (name for name in TARGETS if ARCHITECTURES[name].number >= oldest)
+        return tuple(name for name in able if name != _TURING)
 
     def build(self, request: BuildRequest, progress: ProgressCallback) -> BuiltEngine:
         """Build one plan that holds code for all targets of the request.

@@ -1,0 +1,70 @@
+"""How ONNX Runtime on a CPU computes a graph of each precision, and whether its time means much.
+
+=========  ======================================================================================
+fp32       as it is
+int8       as it is, in integer kernels where the CPU has them
+fp16       optimizations off: see :class:`exporter.onnx_runner.OnnxRunner`
+fp8        as it is, optimizations off: it rounds and scales, and multiplies in float32
+bf16       it has no bfloat16 convolution: the float32 graph of :mod:`exporter.emulation`
+=========  ======================================================================================
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from exporter.errors import EnvironmentLackError
+
+if TYPE_CHECKING:
+    import onnx
+
+_RIGHT_WHEN_OPTIMIZED = ("fp32", "int8")
+_EMULATED = ("bf16",)
+_UNTIMED = ("bf16", "fp8")
+_NOTE = (
+    "the {precision} row was computed in float32 and rounded wherever the graph stores bfloat16: "
+    "ONNX Runtime has no such convolution on the CPU"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runnable:
+    """What to hand to an OnnxRunner; ``notes`` are for people who read its results."""
+
+    model: Path | onnx.ModelProto
+    optimize: bool
+    notes: tuple[str, ...] = ()
+
+
+def runnable(graph: Path | onnx.ModelProto, precision: str) -> Runnable:
+    """What computes the ``graph`` of this precision, a file or in memory.
+
+    Raises:
+        EnvironmentLackError: if it must be emulated, and the onnx package is not installed.
+    """
+    model = graph
+    notes: tuple[str, ...] = ()
+    if precision in _EMULATED:
+        notes = (_NOTE.format(precision=precision),)
+        try:
+            import onnx
+
+            from exporter.emulation import emulated
+        except ImportError as error:
+            raise EnvironmentLackError(
+                f"ONNX Runtime has no {precision} convolutions on the CPU, and emulating them "
+                "needs the onnx package: pip install onnx, or run the engine on a GPU"
+            ) from error
+        model = emulated(onnx.load(graph) if isinstance(graph, Path) else graph)
+    return Runnable(model=model, optimize=precision in _RIGHT_WHEN_OPTIMIZED, notes=notes)
+
+
+def require_timeable(precision: str) -> None:
+    """Raises EnvironmentLackError where ONNX Runtime's time says nothing about ``precision``."""
+    if precision in _UNTIMED:
+        raise EnvironmentLackError(
+            f"ONNX Runtime has no {precision} convolutions on the CPU and emulates them in "
+            "float32, whose time says nothing: measure the engine on a GPU"
+        )

@@ -221,7 +221,7 @@ def test_a_damaged_bundle_is_not_evaluated(bundle: Bundle, data: Path):
 def engine_that(monkeypatch: pytest.MonkeyPatch, run) -> None:
     """Put a fake in the engine's place, of batch 2:2:2."""
 
-    def opened(_bundle, _stack, *, cuda_graph):
+    def opened(_bundle, _stack, **_):
         return runners.BundleRunner(
             backend=RunBackend.ENGINE,
             library="fake engine",

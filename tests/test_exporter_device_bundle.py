@@ -116,7 +116,7 @@ def publish(
                 "preprocess": {"image_size": [16, 16]},
                 "targets": ["sm86"],
                 "spec": spec,
-                "notes": [],
+                "notes": ["no engine for orin (sm87) yet; on the device: ...", "another"],
             }
         )
 
@@ -392,6 +392,7 @@ def test_an_engine_is_built_for_this_gpu_into_the_bundle(
     assert model == (before.path / files.MODEL).read_bytes()
     assert "fake" == json.loads((before.path / files.ENGINE_SUMMARY).read_text())["backend"]
     assert ["sm87"] == again.manifest["targets"] == again.manifest["engine_build"]["targets"]
+    assert ["another"] == again.manifest["notes"]
     kept = {files.MODEL, files.REFERENCE, files.PARITY, files.REPORT}
     for name in kept:
         assert before.manifest["files"][name] == again.manifest["files"][name]

@@ -11,7 +11,7 @@ from exporter import bundle as files
 from exporter.bundle import Bundle, BundleWriter
 from exporter.device.graph_census import read_census
 from exporter.device.runners import batch_profile, require_intact
-from exporter.devices import resolve_targets, target_text
+from exporter.devices import NO_ENGINE_YET, resolve_targets, target_text
 from exporter.engine import (
     BuildOptions,
     BuildRequest,
@@ -171,8 +171,10 @@ def _manifest(bundle: Bundle, built: BuiltEngine) -> dict[str, Any]:
         "targets": list(built.summary.targets),
         "versions": {name: version for name, version in found.items() if version is not None},
     }
+    notes = bundle.manifest.get("notes", [])
     return {
         **bundle.manifest,
+        "notes": [note for note in notes if not note.startswith(NO_ENGINE_YET)],
         "targets": list(built.summary.targets),
         "engine_build": build,
     }

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from exporter import __version__
+from exporter.engine import tensorrt, tensorrt_rtx
 from exporter.spec import ExportRequest, Precision
 from models import VARIANTS
 
@@ -43,6 +44,17 @@ def test_the_wheel_holds_exactly_the_three_packages_with_weights_and_template(tm
         "models/weights/registry.json",
         "exporter/templates/report.html.j2",
     } <= found
+
+
+def test_the_extras_demand_what_the_backends_accept():
+    """No release that a backend drives is shut out, and none that it refuses is let in."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has none")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    for extra, backend in (("tensorrt", tensorrt), ("rtx", tensorrt_rtx)):
+        oldest = ".".join(map(str, backend._OLDEST))
+        assert f"{backend.MODULE.replace('_', '-')}>={oldest}" == extras[extra][0]
+    assert "pycuda" in extras["tensorrt"]
 
 
 def make(*arguments: str) -> str:

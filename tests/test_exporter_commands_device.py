@@ -17,8 +17,10 @@ from exporter.bundle import BundleWriter
 from exporter.cli import main
 from exporter.device import runners
 from exporter.device.accuracy import Evaluation
+from exporter.device.kernel_cache import CacheState, Startup
 from exporter.engine import driver
 from exporter.errors import EnvironmentLackError
+from exporter.profiles import BatchProfile
 
 NO_DRIVER = "no NVIDIA driver on this machine (libcuda.so.1 does not load)"
 Refused = Callable[[Sequence[str]], tuple[int, str]]
@@ -159,6 +161,60 @@ def test_a_refusal_has_its_exit_code_and_sentence(
     line = [command, *options, *(["--shard", "1/2"] if merged else own)]
     assert (code, sentence.format(bundle=bundle)) == refused(line)
     assert before == {path.name: path.read_bytes() for path in bundle.iterdir()}
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """An engine that computes the ReLU and starts warm; the list is told whether it may cache."""
+    told: list[bool] = []
+
+    def opened(_bundle, _stack, *, cuda_graph: bool, runtime_cache: bool) -> runners.BundleRunner:
+        told.append(runtime_cache)
+        return runners.BundleRunner(
+            backend=runners.RunBackend.ENGINE,
+            library="fake engine",
+            run=lambda batch: {"logits": np.maximum(batch[0], 0)},
+            batch=BatchProfile(1, 2, 4),
+            prepare=lambda _batch: lambda: None,
+            startup=Startup(
+                load_ms=3.0, first_run_ms=4.0, cache=CacheState.WARM, cold_load_ms=50.0,
+                cold_first_run_ms=60.0, notes=["the cache was damaged"],
+            ),
+        )  # fmt: skip
+
+    monkeypatch.setattr(runners, "_engine", opened)
+    return told
+
+
+@pytest.mark.parametrize("command", ["verify", "benchmark"])
+def test_the_runtime_cache_is_used_unless_it_is_left_out(bundle: Path, engine, capsys, command):
+    """What is wrong with it is a note on standard error, and no note when quiet."""
+    assert 0 == main([command, str(bundle)])
+    assert "note: the cache was damaged\n" == capsys.readouterr().err
+    assert 0 == main([command, str(bundle), "--no-runtime-cache", "--quiet"])
+    assert "" == capsys.readouterr().err
+    assert [True, False] == engine
+
+
+def test_benchmark_tells_what_a_cold_and_a_warm_start_take(bundle: Path, engine, capsys):
+    """In the JSON object and below the table."""
+    arguments = ["benchmark", str(bundle), "--seconds", "0"]
+    assert 0 == main([*arguments, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert (3.0, 4.0, "warm", 50.0, 60.0, "the cache was damaged") == tuple(
+        found[key]
+        for key in (
+            "load_ms", "first_run_ms", "runtime_cache", "cold_load_ms", "cold_first_run_ms", "note",
+        )
+    )  # fmt: skip
+    assert 0 == main(arguments)
+    words = " ".join(capsys.readouterr().out.split())
+    for part in ("loaded in 3.0 ms", "first run 4.0 ms", "runtime cache warm", "cold: 50.0 ms and"):
+        assert part in words
+    assert 0 == main([*arguments, "--backend", "onnxruntime", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert (None, None, None) == (found["runtime_cache"], found["first_run_ms"], found["note"])
+    assert found["load_ms"] > 0
 
 
 COUNTED = Evaluation(

@@ -287,10 +287,6 @@ def test_a_table_of_other_convolutions_vouches_for_nothing():
     assert 1 == caught.value.exit_code
 
 
-class Rtx(MissingBackend):
-    """Knows the targets of TensorRT-RTX, whether it is installed or not."""
-
-
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
@@ -308,7 +304,7 @@ class Rtx(MissingBackend):
 def test_what_is_no_target_is_refused(text: str, sentence: str):
     """With the nearest and the known ones; exit code 2."""
     with pytest.raises(InputError) as caught:
-        parse_targets(text, Rtx(), Precision.INT8)
+        parse_targets(text, MissingBackend(), Precision.INT8)
     assert (2, sentence) == (caught.value.exit_code, str(caught.value))
 
 

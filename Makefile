@@ -23,7 +23,7 @@ ENGINE = $(BIN)/repvgg-export engine '$(MODEL)' --precision '$(PRECISION)' \
 	$(call option,--batch,$(BATCH)) $(call option,--image-size,$(IMAGE_SIZE)) \
 	--out '$(BUNDLE)' $(ARGS)
 
-.PHONY: engine parity test test-slow lint format benchmark engine-table clean
+.PHONY: engine parity test test-slow lint format benchmark engine-table gpu-test clean
 
 engine: $(READY)
 	@$(ENGINE)
@@ -57,6 +57,10 @@ benchmark: $(READY)
 engine-table: $(READY)
 	$(BIN)/python benchmarks/engine_table.py
 
+# On a machine with a GPU: everything that nobody can run elsewhere, into one JSON file.
+gpu-test: $(VENV)/.with-cuda
+	$(BIN)/python benchmarks/gpu_test.py $(ARGS)
+
 clean:
 	rm -rf build dist $(VENV)
 
@@ -64,4 +68,9 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--constraint constraints.txt --editable '.[export,rtx,dev]'
+	@touch $@
+
+$(VENV)/.with-cuda: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable '.[cuda]'
 	@touch $@

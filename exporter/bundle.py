@@ -16,6 +16,7 @@ import tempfile
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,9 +24,8 @@ from typing import Any
 import numpy as np
 
 from exporter.errors import InputError
-from exporter.onnx_runner import FloatArray, OnnxRunner, fits
+from exporter.onnx_runner import FloatArray, fits
 from exporter.pixel_input import FLOAT
-from exporter.runnable import runnable
 
 Arrays = Any
 """One float32 array, or several: a tuple of inputs, a dict of outputs by name.
@@ -252,21 +252,24 @@ class Bundle:
             results[outputs[0]] if len(results) == 1 else results,
         )
 
-    def run(self, inputs: Arrays) -> Arrays:
-        """The network's outputs, by ONNX Runtime on the CPU.
+    def run(self, inputs: Arrays, *, backend: str = "auto") -> Arrays:
+        """The network's outputs, by the engine where it runs and else by ONNX Runtime on the CPU.
 
         ``inputs`` is one preprocessed float32 array ``[N, ...]``, or a tuple of them in the order
         of the manifest's ``inputs``; where these say so, uint8 pixels. One output comes as an
-        array, several as a dict of them.
+        array, several as a dict of them. ``backend`` names who runs: ``"engine"`` or
+        ``"onnxruntime"``, the same on every machine. Each call opens it anew;
+        :func:`exporter.device.open_runner` keeps it open, and its ``backend`` says who it is.
 
         Raises:
-            InputError: for another number of inputs, shape or data type.
-            EnvironmentLackError: where the onnx package is needed and not installed.
+            InputError: for another number of inputs, shape or data type, or an unknown backend.
+            EnvironmentLackError: ``backend`` cannot run here, or the onnx package is needed.
+            GateFailedError: the engine or ONNX Runtime refuses to run.
         """
         batch = inputs if isinstance(inputs, tuple) else (inputs,)
         self._require_inputs(batch)
-        way = runnable(self.graph_path, self.manifest["spec"]["precision"])
-        outputs = OnnxRunner(way.model, optimize=way.optimize).run(batch)
+        # A door to the floor above, which knows engines and is loaded when a bundle is run.
+        outputs = import_module("exporter.device").run_bundle(self, batch, backend)
         return next(iter(outputs.values())) if len(outputs) == 1 else outputs
 
     def _require_inputs(self, batch: tuple[FloatArray, ...]) -> None:

@@ -31,6 +31,7 @@ __all__ = [
     "ARCHITECTURES",
     "DEVICES",
     "FULL",
+    "NO_ENGINE_YET",
     "OLDEST_WITH",
     "RTX",
     "Advice",
@@ -51,6 +52,10 @@ _CURRENT: tuple[Version, ...] = ((11, 4), (10, 13), (8, 6))
 """One TensorRT of each generation, for devices whose TensorRT the user installs freely."""
 
 _BRANDS = re.compile(r"\b(nvidia|geforce|jetson|tesla|quadro)\b")
+
+
+NO_ENGINE_YET = "no engine for "
+"""How a manifest's note begins that tells of a deferred engine; building it removes the note."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -43,10 +43,12 @@ def evaluate(
     shard: Shard | None = None,
     skip_bad_images: bool = False,
     threads: int = 0,
+    runtime_cache: bool = True,
 ) -> Evaluation:
     """Classify the images of ``folder``, one sub-folder a class, with the bundle's preprocessing.
 
-    ``threads`` is for ONNX Runtime, 0 means all cores.
+    ``threads`` is for ONNX Runtime, 0 means all cores; ``runtime_cache`` is for TensorRT-RTX, whose
+    kernels are then kept for the next start.
 
     Raises:
         GateFailedError: a file of the bundle is damaged, or the network's outputs are not finite.
@@ -65,7 +67,7 @@ def evaluate(
     chosen = range(shard.index - 1, len(images.files), shard.count)
     counts = _Counts()
     reader = _Reader(preprocess, skip_bad_images, recorded_layout(bundle.manifest))
-    with open_runner(bundle, backend, threads=threads) as runner:
+    with open_runner(bundle, backend, threads=threads, runtime_cache=runtime_cache) as runner:
         start = time.perf_counter()
         files = [(images.files[index], int(labels[index])) for index in chosen]
         for pixels, truth in reader.batches(files, runner.batch.opt):
@@ -89,7 +91,7 @@ def evaluate(
         skipped=reader.skipped,
         shards=(shard,),
         seconds=seconds,
-        note=runner.note,
+        note=runner.remarks,
     )
 
 

@@ -2,7 +2,7 @@
 
 A run is timed from the moment the inputs lie ready to the moment the outputs do: on the GPU both
 are in its memory, and copies from and to the host are not part of it. How times become figures:
-`device.timing`.
+`device.timing`. What the start took is told apart: `device.kernel_cache`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,11 @@ from exporter.profiles import BatchProfile
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Benchmark:
-    """One bundle on one machine. ``threads`` is None where an engine ran, 0 means all cores."""
+    """One bundle on one machine. ``threads`` is None where an engine ran, 0 means all cores.
+
+    ``load_ms``, ``first_run_ms`` and the ``cold_`` figures are those of
+    :class:`exporter.device.kernel_cache.Startup`, ``runtime_cache`` is its ``cache`` as text.
+    """
 
     bundle: str
     precision: str
@@ -44,12 +48,22 @@ class Benchmark:
     cuda_graph: bool
     warmup: int
     rows: tuple[Latency, ...]
+    load_ms: float | None = None
+    first_run_ms: float | None = None
+    runtime_cache: str | None = None
+    cold_load_ms: float | None = None
+    cold_first_run_ms: float | None = None
     note: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The fields by name."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {**fields, "rows": [row.to_json() for row in self.rows]}
+        times = {
+            name: round(value, 3)
+            for name, value in fields.items()
+            if name.endswith("_ms") and value is not None
+        }
+        return {**fields, **times, "rows": [row.to_json() for row in self.rows]}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,9 +91,13 @@ def benchmark(
     effort: Effort = DEFAULT_EFFORT,
     threads: int = 0,
     cuda_graph: bool = False,
+    runtime_cache: bool = True,
     clock: Clock = time.perf_counter,
 ) -> Benchmark:
     """Time ``bundle`` at each of ``batches``; without any, at its profile's three.
+
+    ``runtime_cache`` keeps the kernels that TensorRT-RTX compiles here: the first start is cold,
+    the next one warm.
 
     Raises:
         GateFailedError: a file of the bundle is damaged, or its graph or engine does not run.
@@ -87,7 +105,9 @@ def benchmark(
         EnvironmentLackError: ``backend`` cannot run here.
     """
     require_intact(bundle)
-    with open_runner(bundle, backend, threads=threads, cuda_graph=cuda_graph) as runner:
+    with open_runner(
+        bundle, backend, threads=threads, cuda_graph=cuda_graph, runtime_cache=runtime_cache
+    ) as runner:
         rows = []
         for size in _sizes(batches, (runner.batch,)):
             step = _warm(runner, _inputs(bundle, size), effort)
@@ -104,6 +124,7 @@ def compare(
     effort: Effort = DEFAULT_EFFORT,
     threads: int = 0,
     cuda_graph: bool = False,
+    runtime_cache: bool = True,
     clock: Clock = time.perf_counter,
 ) -> SideBySide:
     """Time two bundles in turns; ``effort.seconds`` is for both together, per batch size.
@@ -116,7 +137,11 @@ def compare(
         require_intact(bundle)
     with ExitStack() as stack:
         runners = [
-            stack.enter_context(open_runner(b, backend, threads=threads, cuda_graph=cuda_graph))
+            stack.enter_context(
+                open_runner(
+                    b, backend, threads=threads, cuda_graph=cuda_graph, runtime_cache=runtime_cache
+                )
+            )
             for b in bundles
         ]
         if runners[0].backend is not runners[1].backend:
@@ -180,6 +205,7 @@ def _result(
     cuda_graph: bool,
     effort: Effort,
 ) -> Benchmark:
+    start = runner.startup
     return Benchmark(
         bundle=str(bundle.path),
         precision=bundle.manifest["spec"]["precision"],
@@ -189,5 +215,10 @@ def _result(
         cuda_graph=cuda_graph,
         warmup=effort.warmup,
         rows=tuple(rows),
-        note=runner.note,
+        load_ms=start.load_ms if start else None,
+        first_run_ms=start.first_run_ms if start else None,
+        runtime_cache=str(start.cache) if start and start.cache else None,
+        cold_load_ms=start.cold_load_ms if start else None,
+        cold_first_run_ms=start.cold_first_run_ms if start else None,
+        note=runner.remarks,
     )

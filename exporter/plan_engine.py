@@ -12,7 +12,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from exporter.build_options import DEFAULT_OPTIONS, BuildOptions
-from exporter.devices import ARCHITECTURES, FULL, OLDEST_WITH, RTX, Target, target_text
+from exporter.devices import (
+    ARCHITECTURES,
+    FULL,
+    NO_ENGINE_YET,
+    OLDEST_WITH,
+    RTX,
+    Target,
+    target_text,
+)
 from exporter.engine import (
     Backend,
     BuildRequest,
@@ -115,7 +123,7 @@ class EngineOutcome:
         if self.deferred is None:
             return ()
         waiting = ", ".join(dict.fromkeys(target.label for target in self.deferred.targets))
-        return (f"no engine for {waiting} yet; on the device: {self.deferred.build_with}",)
+        return (f"{NO_ENGINE_YET}{waiting} yet; on the device: {self.deferred.build_with}",)
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``engine.json``: the figures, and under ``deferred`` what is missing."""

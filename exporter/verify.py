@@ -30,8 +30,17 @@ _ENGINE = "engine"
 _SIMPLIFIED = "simplified"
 
 
-def verify(bundle: Bundle) -> Ledger:
+def silent(_note: str) -> None:
+    """Tell nobody."""
+
+
+def verify(
+    bundle: Bundle, *, runtime_cache: bool = True, say: Callable[[str], None] = silent
+) -> Ledger:
     """Return the ledger of what can be checked on this machine; the rest is ``not_run``.
+
+    ``runtime_cache`` keeps the kernels that TensorRT-RTX compiles here; ``say`` is told what went
+    wrong with it.
 
     Raises:
         GateFailedError: if a file is missing or altered.
@@ -39,11 +48,19 @@ def verify(bundle: Bundle) -> Ledger:
     """
     require_intact(bundle)
     judge = _Judge.of(bundle)
+
+    def run(backend: RunBackend, batch: Batch) -> Outputs:
+        with open_runner(bundle, backend, runtime_cache=runtime_cache) as runner:
+            outputs = runner.run(batch)
+        for note in runner.startup.notes if runner.startup else ():
+            say(note)
+        return outputs
+
     precision = bundle.manifest["spec"]["precision"]
     rows = [_simplified(bundle, judge)]
     if precision != "fp32":
-        rows.append(judge.row(precision, lambda batch: _on(bundle, RunBackend.ONNXRUNTIME, batch)))
-    rows.append(judge.row(_ENGINE, lambda batch: _on(bundle, RunBackend.ENGINE, batch)))
+        rows.append(judge.row(precision, lambda batch: run(RunBackend.ONNXRUNTIME, batch)))
+    rows.append(judge.row(_ENGINE, lambda batch: run(RunBackend.ENGINE, batch)))
     if all(row.status == "not_run" for row in rows):
         reasons = "; ".join(dict.fromkeys(str(row.reason) for row in rows))
         raise EnvironmentLackError(
@@ -113,8 +130,3 @@ def _simplified(bundle: Bundle, judge: _Judge) -> StageResult:
         reason = f"its reference, the {reference}, is not in the bundle"
         return parity.not_run(_SIMPLIFIED, reason)
     return judge.row(_SIMPLIFIED, lambda batch: OnnxRunner(bundle.path / MODEL).run(batch))
-
-
-def _on(bundle: Bundle, backend: RunBackend, batch: Batch) -> Outputs:
-    with open_runner(bundle, backend) as runner:
-        return runner.run(batch)

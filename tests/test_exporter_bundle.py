@@ -52,7 +52,7 @@ def fill(writer: BundleWriter, mark: str) -> None:
 
 
 def manifest() -> dict[str, Any]:
-    return {"spec": {"precision": "fp32"}, "preprocess": {"image_size": [4, 6]}}
+    return {"spec": {"precision": "fp32", "batch": "1:8:32"}, "preprocess": {"image_size": [4, 6]}}
 
 
 def publish(out: Path, mark: str = "new") -> Bundle:
@@ -569,7 +569,7 @@ def publish_two(out: Path) -> Bundle:
         np.savez(writer.path(REFERENCE), image=image, shift=shift, mean=mean, pooled=pooled)
         return writer.publish(
             {
-                "spec": {"precision": "fp32"},
+                "spec": {"precision": "fp32", "batch": "1:8:32"},
                 "inputs": [
                     {"name": "image", "shape": ["batch", 3, "height", "width"]},
                     {"name": "shift", "shape": ["batch", 3]},

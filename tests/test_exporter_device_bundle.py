@@ -26,6 +26,8 @@ from exporter.device import (
     options_for,
     runners,
 )
+from exporter.device.kernel_cache import Startup
+from exporter.devices import DEVICES
 from exporter.engine import (
     BuildOptions,
     BuiltEngine,
@@ -109,7 +111,13 @@ def publish(
             writer.write_text(files.ENGINE_SUMMARY, files.dumps({"backend": "tensorrt-rtx"}))
         spec = {"precision": precision, "batch": "1:2:4", "dynamic_size": None}
         return writer.publish(
-            {"model": {"num_classes": 4}, "targets": ["sm86"], "spec": spec, "notes": []}
+            {
+                "model": {"num_classes": 4},
+                "preprocess": {"image_size": [16, 16]},
+                "targets": ["sm86"],
+                "spec": spec,
+                "notes": ["no engine for orin (sm87) yet; on the device: ...", "another"],
+            }
         )
 
 
@@ -257,10 +265,13 @@ def test_memory_and_engine_are_closed_when_the_runner_is(tmp_path: Path, monkeyp
 
     class Engine(Held):
         batch_profile = BatchProfile(4, 4, 8)
+        startup = Startup(load_ms=1.0)
 
-        def __init__(self, plan: Path, _trt: Any, _memory: Any, *, input_names: Any) -> None:
+        def __init__(
+            self, plan: Path, _trt: Any, _memory: Any, *, input_names: Any, runtime_cache: bool
+        ) -> None:
             super().__init__("engine")
-            assert (files.ENGINE, ("images",)) == (plan.name, input_names)
+            assert (files.ENGINE, ("images",), True) == (plan.name, input_names, runtime_cache)
 
         def run(self, batch: Any) -> dict[str, Any]:
             log.append(f"run {len(batch[0])}")
@@ -280,6 +291,45 @@ def test_memory_and_engine_are_closed_when_the_runner_is(tmp_path: Path, monkeyp
         assert [0, 1, 2] == runner.run((images,))["logits"].tolist()
 
     assert ["open memory True", "open engine", "run 4", "close engine", "close memory True"] == log
+
+
+def test_a_bundle_is_run_by_its_engine_where_that_runs(tmp_path: Path, monkeypatch):
+    """Asked for nothing or for the engine; asked for ONNX Runtime, the engine is not opened."""
+    bundle = publish(tmp_path / "b")
+    images, logits = bundle.reference()
+    engine_that(monkeypatch, lambda batch: {"logits": np.full((len(batch[0]), 4), 7, np.float32)})
+    assert (bundle.run(images) == 7).all()
+    assert (bundle.run(images, backend="engine") == 7).all()
+    np.testing.assert_allclose(logits, bundle.run(images, backend="onnxruntime"), rtol=1e-5)
+
+
+@pytest.mark.usefixtures("no_driver")
+def test_a_bundle_is_run_by_onnx_runtime_elsewhere(tmp_path: Path):
+    """Any number of images; the engine, asked for by name, is a lack."""
+    bundle = publish(tmp_path / "b")
+    images, logits = bundle.reference()
+    many = np.concatenate([images] * 5)
+    np.testing.assert_allclose(np.concatenate([logits] * 5), bundle.run(many), rtol=1e-5)
+    with pytest.raises(EnvironmentLackError) as refusal:
+        bundle.run(images, backend="engine")
+    assert NO_DRIVER == str(refusal.value)
+    with pytest.raises(InputError) as refusal:
+        bundle.run(images, backend="onnx")
+    assert "unknown backend 'onnx' (nearest: onnxruntime; known: auto, engine, onnxruntime)" == str(
+        refusal.value
+    )
+
+
+def test_an_engine_that_fails_is_not_replaced_in_silence(tmp_path: Path, monkeypatch):
+    """Only what this machine lacks makes ONNX Runtime step in."""
+
+    def refuse(_batch: Any) -> Any:
+        raise GateFailedError("the engine does not run: out of luck")
+
+    engine_that(monkeypatch, refuse)
+    bundle = publish(tmp_path / "b")
+    with pytest.raises(GateFailedError, match=r"^the engine does not run: out of luck$"):
+        bundle.run(bundle.reference()[0])
 
 
 class FakeBackend:
@@ -342,6 +392,7 @@ def test_an_engine_is_built_for_this_gpu_into_the_bundle(
     assert model == (before.path / files.MODEL).read_bytes()
     assert "fake" == json.loads((before.path / files.ENGINE_SUMMARY).read_text())["backend"]
     assert ["sm87"] == again.manifest["targets"] == again.manifest["engine_build"]["targets"]
+    assert ["another"] == again.manifest["notes"]
     kept = {files.MODEL, files.REFERENCE, files.PARITY, files.REPORT}
     for name in kept:
         assert before.manifest["files"][name] == again.manifest["files"][name]
@@ -356,6 +407,47 @@ def test_without_a_gpu_a_target_must_be_named(tmp_path: Path, backend: FakeBacke
         build_engine(bundle)
     assert [] == backend.requests
     assert ["sm86"] == build_engine(bundle, target="8.6").manifest["targets"]
+
+
+@pytest.mark.parametrize(
+    ("target", "built"), [("orin", ["sm87"]), ("Jetson AGX Orin, RTX 3060", ["sm86", "sm87"])]
+)
+def test_devices_are_called_by_their_names(
+    tmp_path: Path, backend: FakeBackend, target: str, built: list[str]
+):
+    """As at export."""
+    bundle = publish(tmp_path / "b", engine=None)
+    assert built == build_engine(bundle, target=target).manifest["targets"]
+
+
+@pytest.mark.parametrize(
+    ("target", "sentence"),
+    [
+        (
+            "thor",
+            "target sm110 is not the GPU of this machine (sm86, sm87): full TensorRT builds only "
+            "for the GPU it runs on; build there",
+        ),
+        (
+            "orinn",
+            "unknown target 'orinn' (nearest: orin-nx, orin, orin-nano; known: compute "
+            f"capabilities such as sm86, and {len(DEVICES)} devices such as orin, orin-nano, t4, "
+            "l4, rtx3060, rtx5090, thor)",
+        ),
+        (" ,", "no target in ' ,'; name a device such as orin, or sm86"),
+    ],
+)
+def test_a_target_that_cannot_be_built_here_is_refused(
+    tmp_path: Path, backend: FakeBackend, target: str, sentence: str
+):
+    """Full TensorRT builds for the GPU it runs on; exit code 2, and the bundle is as it was."""
+    backend.name = "tensorrt"
+    bundle = publish(tmp_path / "b")
+    with pytest.raises(InputError) as refusal:
+        build_engine(bundle, target=target)
+    assert sentence == str(refusal.value)
+    assert [] == backend.requests
+    assert b"plan" == (bundle.path / files.ENGINE).read_bytes()
 
 
 def test_files_that_are_not_the_bundles_are_not_lost(tmp_path: Path, backend: FakeBackend):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,9 +16,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exporter.device import engine_ports, engine_runner
+from exporter.device import compiling, engine_ports, engine_runner
 from exporter.device.engine_ports import EnginePort, cut, smallest_cuttable
 from exporter.device.engine_runner import EngineRunner
+from exporter.device.kernel_cache import CacheState
 from exporter.errors import EnvironmentLackError, GateFailedError, InputError
 from exporter.profiles import BatchProfile
 
@@ -358,6 +360,101 @@ def test_a_batch_to_time_is_not_cut(plan: Path):
         runner.prepare(arrays(5))
 
 
+class FakeRtx(FakeTensorRt):
+    """The same network on a library that compiles at the start and takes a cache of that."""
+
+    IRuntimeCache = object
+    DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")
+
+    def __init__(self, memory: FakeMemory) -> None:
+        super().__init__(memory)
+        self.loaded: list[bytes] = []
+        self.compiled = b"kernels"
+
+    def create_runtime_config(self):
+        return SimpleNamespace(
+            create_runtime_cache=lambda: SimpleNamespace(
+                deserialize=lambda content: self.loaded.append(content) or True,
+                serialize=lambda: self.compiled,
+            ),
+            set_runtime_cache=lambda _cache: True,
+        )
+
+    def create_execution_context(self, config):
+        assert "eager" == config.dynamic_shapes_kernel_specialization_strategy
+        return self
+
+
+@pytest.fixture
+def cache_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[bytes]]:
+    """What lies in the user's cache, without the first line."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(compiling.driver, "device_target", lambda: "sm86")
+    monkeypatch.setattr(compiling.driver, "device_name", lambda: "RTX")
+    return lambda: [
+        path.read_bytes().partition(b"\n")[2] for path in (tmp_path / "cache").rglob("*.bin")
+    ]
+
+
+def test_what_was_compiled_is_kept_for_the_next_start(plan: Path, cache_files):
+    """The first start is cold; the second one hands the library what the first one left."""
+    memory = FakeMemory()
+    trt = FakeRtx(memory)
+    with EngineRunner(plan, trt, memory) as cold:
+        assert [] == cache_files()
+        cold.run(arrays(2)[::-1])
+    assert [b"kernels"] == cache_files()
+    assert (CacheState.COLD, None) == (cold.startup.cache, cold.startup.cold_load_ms)
+
+    trt.compiled = b"kernels and more"
+    with EngineRunner(plan, trt, memory) as warm:
+        warm.prepare(arrays(3)[::-1])
+
+    assert [b"kernels"] == trt.loaded
+    assert [b"kernels and more"] == cache_files()
+    found = warm.startup
+    assert (CacheState.WARM, cold.startup.load_ms) == (found.cache, found.cold_load_ms)
+    assert cold.startup.first_run_ms == found.cold_first_run_ms
+    assert [] == cold.startup.notes == found.notes
+
+
+def test_nothing_is_kept_of_a_start_that_failed_or_did_not_run(plan: Path, cache_files):
+    """An error may have left the GPU unusable; an engine that never ran compiled little."""
+    memory = FakeMemory()
+    trt = FakeRtx(memory)
+    runner = EngineRunner(plan, trt, memory)
+    runner.run(arrays(2)[::-1])
+    with pytest.raises(InputError), runner:
+        runner.run(())
+    with EngineRunner(plan, trt, memory):
+        pass
+    assert [] == cache_files()
+    assert {} == memory.bytes
+
+
+def test_without_a_runtime_cache_nothing_is_read_or_kept(plan: Path, cache_files):
+    """Kernels are compiled before their first use all the same."""
+    memory = FakeMemory()
+    trt = FakeRtx(memory)
+    for caching in (True, False):
+        with EngineRunner(plan, trt, memory, runtime_cache=caching) as runner:
+            runner.run(arrays(2)[::-1])
+        trt.compiled = b"other"
+    assert (CacheState.OFF, None) == (runner.startup.cache, runner.startup.cold_load_ms)
+    assert [] == trt.loaded
+    assert [b"kernels"] == cache_files()
+
+
+def test_full_tensorrt_has_no_runtime_cache(plan: Path, cache_files):
+    """Its engines are compiled when they are built."""
+    runner, _, _ = opened(plan)
+    with runner:
+        runner.run(arrays(2))
+    assert runner.startup.cache is None
+    assert runner.startup.first_run_ms > 0 < runner.startup.load_ms
+    assert [] == cache_files()
+
+
 @given(
     count=st.integers(1, 500),
     low=st.integers(1, 20),
@@ -383,7 +480,7 @@ def used_names() -> dict[str, set[str]]:
         "_runtime": "Runtime",
     }
     found: dict[str, set[str]] = {}
-    for module in (engine_runner, engine_ports):
+    for module in (engine_runner, engine_ports, compiling):
         for node in ast.walk(ast.parse(inspect.getsource(module))):
             if not isinstance(node, ast.Attribute):
                 continue

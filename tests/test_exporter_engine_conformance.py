@@ -98,6 +98,10 @@ def test_every_capability_is_had_by_some_release_and_lacked_by_another():
         ("IBuilderConfig.progress_monitor", surface.RELEASES[1:]),
         ("ParserError.node_name", surface.RELEASES[1:]),
         ("IBuilderConfig.set_compute_capability", surface.RELEASES[4:]),
+        ("IRuntimeConfig.set_runtime_cache", surface.RELEASES[4:]),
+        ("IRuntimeCache.deserialize", surface.RELEASES[4:]),
+        ("ICudaEngine.create_runtime_config", surface.RELEASES[4:]),
+        ("IExecutionContext.execute_async_v3", surface.RELEASES),
         ("IBuilderConfig.can_run_on_DLA", surface.RELEASES),
         ("IBuilderConfig.set_timing_cache", surface.RELEASES),
         ("EngineInspector.get_engine_information", surface.RELEASES),
@@ -115,8 +119,13 @@ def test_the_walk_follows_every_object_of_a_build():
     assert {
         "Builder", "INetworkDefinition", "IBuilderConfig", "OnnxParser", "ParserError", "ITensor",
         "ILayer", "IOptimizationProfile", "ITimingCache", "IProgressMonitor", "ILogger", "Runtime",
-        "IInt8EntropyCalibrator2", "ICudaEngine", "EngineInspector",
+        "IInt8EntropyCalibrator2", "ICudaEngine", "EngineInspector", "IExecutionContext",
     } <= classes  # fmt: skip
+    only_rtx = {path.partition(".")[0] for path in uses("tensorrt_rtx-1.7.1")} - classes
+    assert {
+        "ComputeCapability", "DynamicShapesKernelSpecializationStrategy", "IRuntimeConfig",
+        "IRuntimeCache",
+    } == only_rtx  # fmt: skip
 
 
 @pytest.mark.parametrize("release", ["tensorrt-10.16", "tensorrt_rtx-1.7.1"])
@@ -213,6 +222,20 @@ def test_misspelling_any_name_we_use_is_found(release: str):
             "runtime.deserialize_cuda_engine = ",
             "tensorrt-10.3.0",
             "Runtime.deserialize_cuda_engine is a method and cannot be set",
+        ),
+        (
+            "engine/runtime_cache.py",
+            "@needs(Capability.RUNTIME_CACHE)\ndef create_compiling_context(",
+            "def create_compiling_context(",
+            "tensorrt-11.4",
+            "the module has no DynamicShapesKernelSpecializationStrategy",
+        ),
+        (
+            "engine/runtime_cache.py",
+            "cache.deserialize(content)",
+            "cache.deserialize()",
+            "tensorrt_rtx-1.7.1",
+            "IRuntimeCache.deserialize takes ['blob'], given 0",
         ),
         (
             "engine/builder_config.py",

@@ -184,8 +184,9 @@ def test_engine_json_leads_with_the_worst_target():
     assert {
         "backend", "version", "targets", "convolutions", "epilogue_fused", "other_kernels",
         "warnings", "per_target", "plan_bytes", "activation_memory_bytes", "weights_memory_bytes",
-        "dla_layers",
+        "dla_layers", "status",
     } == set(content)  # fmt: skip
+    assert "built" == content["status"]
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones():

@@ -27,6 +27,7 @@ from exporter.engine import (
     get_backend,
     parse_targets,
 )
+from exporter.engine.driver import device_name
 from exporter.errors import EnvironmentLackError, InputError
 from exporter.profiles import BatchProfile, SizeProfile
 from exporter.spec import Precision
@@ -50,6 +51,11 @@ class Driver:
     @staticmethod
     def cuDeviceGetAttribute(value, attribute: int, _handle) -> int:  # noqa: N802
         value._obj.value = {75: 8, 76: 7}[attribute]
+        return 0
+
+    @staticmethod
+    def cuDeviceGetName(text, _length: int, _handle) -> int:  # noqa: N802
+        text.value = b"Orin"
         return 0
 
 
@@ -116,7 +122,7 @@ def test_the_target_is_the_gpu_of_the_machine(machine):
     machine(Driver(), tensorrt="10.3.0")
     backend = get_backend("tensorrt")
 
-    assert "sm87" == device_target()
+    assert ("sm87", "Orin") == (device_target(), device_name())
     for text in (None, "sm87", "8.7"):
         assert ("sm87",) == parse_targets(text, backend, Precision.INT8)
     with pytest.raises(InputError) as caught:
@@ -134,14 +140,18 @@ class SilentDriver(Driver):
     def cuDeviceGetAttribute(_value, _attribute: int, _handle) -> int:  # noqa: N802
         return 1
 
+    @staticmethod
+    def cuDeviceGetName(_text, _length: int, _handle) -> int:  # noqa: N802
+        return 1
+
 
 def test_without_a_driver_or_its_answer_no_gpu_is_named(machine):
     """The question is safe anywhere; a backend without an answer is a lack of the environment."""
     machine(None)
-    assert device_target() is None
+    assert device_target() is device_name() is None
 
     machine(SilentDriver(), tensorrt="10.3.0")
-    assert device_target() is None
+    assert device_target() is device_name() is None
     with pytest.raises(EnvironmentLackError) as caught:
         parse_targets(None, get_backend("tensorrt"), Precision.INT8)
     assert "the NVIDIA driver does not tell which GPU is in here" == str(caught.value)

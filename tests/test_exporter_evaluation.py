@@ -16,6 +16,7 @@ from calibration.images import Preprocess
 from exporter.bundle import MANIFEST, MODEL, Bundle, dumps, file_sha256
 from exporter.device import RunBackend, runners
 from exporter.device.accuracy import Evaluation, Shard, merge
+from exporter.device.kernel_cache import Startup
 from exporter.engine import driver
 from exporter.errors import EnvironmentLackError, GateFailedError, InputError
 from exporter.evaluation import evaluate
@@ -237,7 +238,7 @@ def test_a_damaged_bundle_is_not_evaluated(bundle: Bundle, data: Path):
 def engine_that(monkeypatch: pytest.MonkeyPatch, run) -> None:
     """Put a fake in the engine's place, of batch 2:2:2."""
 
-    def opened(_bundle, _stack, *, cuda_graph):
+    def opened(_bundle, _stack, **_):
         return runners.BundleRunner(
             backend=RunBackend.ENGINE,
             library="fake engine",
@@ -263,6 +264,29 @@ def test_the_engine_gets_batches_of_the_size_it_is_tuned_for(
     found = evaluate(bundle, data)
     assert ([2] * 6 + [1], "engine", "fake engine") == (sizes, found.backend, found.library)
     assert 11 == found.top1_correct
+
+
+def test_the_runtime_cache_reaches_the_engine_and_its_notes_the_result(
+    bundle: Bundle, data: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A damaged cache, say."""
+    told = []
+
+    def opened(_bundle, _stack, *, cuda_graph, runtime_cache):
+        told.append(runtime_cache)
+        return runners.BundleRunner(
+            backend=RunBackend.ENGINE,
+            library="fake engine",
+            run=lambda batch: {"logits": batch[0].mean(axis=(2, 3))},
+            batch=BatchProfile(2, 2, 2),
+            prepare=lambda _batch: lambda: None,
+            startup=Startup(load_ms=1.0, notes=["one", "two"]),
+        )
+
+    monkeypatch.setattr(runners, "_engine", opened)
+    assert "one; two" == evaluate(bundle, data).note
+    evaluate(bundle, data, runtime_cache=False)
+    assert [True, False] == told
 
 
 def test_outputs_that_are_not_finite_are_a_failed_gate(

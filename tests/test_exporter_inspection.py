@@ -7,6 +7,7 @@ import math
 import struct
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -523,10 +524,11 @@ def test_calibration_texts_are_described(tmp_path):
         assert (2, (0.25, 0.5)) == (found.details["tensors"], scales)
 
 
-def bundle(path: Path) -> Path:
+def bundle(path: Path, **engine: Any) -> Path:
+    engine = engine or {"targets": ["sm86"], "convolutions": {"total": 22}, "status": "built"}
     with BundleWriter(path) as writer:
         writer.write_text("parity.json", '{"verdict": "pass", "stages": [{"stage": "onnx"}]}')
-        writer.write_text("engine.json", '{"targets": ["sm86"], "convolutions": {"total": 22}}')
+        writer.write_text("engine.json", json.dumps(engine))
         model = {"variant": "A0", "num_classes": 10, "parameters": 5}
         writer.publish({"model": model, "spec": {"precision": "int8"}})
     return path
@@ -550,8 +552,39 @@ def test_a_bundle_is_described_by_its_manifest(tmp_path):
         "convolutions": {"total": 22},
         "damaged_files": [],
         "files": ["engine.json", "parity.json"],
+        "engine": {"status": "built"},
     }
     assert expected == {key: document[key] for key in expected}
+    assert () == found.notes
+
+
+DEFERRED = {
+    "status": "deferred", "backend": "tensorrt", "targets": ["sm87"], "devices": ["orin-nano"],
+    "reason": "orin-nano needs full TensorRT", "build_with": "repvgg-export build BUNDLE",
+    "commands": {"10.3": "trtexec --onnx=model.int8.onnx"}, "warnings": [],
+}  # fmt: skip
+NOTE = (
+    "the engine for orin-nano is deferred: orin-nano needs full TensorRT; on the device: "
+    "repvgg-export build BUNDLE"
+)
+
+
+def test_a_deferred_engine_says_for_what_and_how(tmp_path):
+    """Status, devices, reason and commands; a sentence for people."""
+    found = inspect_file(bundle(tmp_path / "b", **DEFERRED))
+    assert {k: v for k, v in DEFERRED.items() if k != "warnings"} == found.to_json()["engine"]
+    assert (NOTE,) == found.notes
+
+
+def test_an_engine_beside_a_deferred_one_is_told_apart(tmp_path):
+    """What is built stands first, what waits is marked."""
+    engine = {"status": "built", "targets": ["sm86"], "backend": "tensorrt-rtx"}
+    found = inspect_file(bundle(tmp_path / "b", **engine, deferred=DEFERRED))
+    told = found.to_json()["engine"]
+    assert ("built", "tensorrt-rtx", ["sm87"], ["orin-nano"]) == tuple(
+        told[key] for key in ("status", "backend", "deferred_targets", "deferred_devices")
+    )
+    assert (["sm86"], (NOTE,)) == (found.to_json()["targets"], found.notes)
 
 
 def test_damaged_files_of_a_bundle_are_listed(tmp_path):

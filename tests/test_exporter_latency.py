@@ -56,7 +56,9 @@ class Engines:
     def clock(self) -> float:
         return self.now
 
-    def open(self, bundle: Bundle, _stack: Any, *, cuda_graph: bool) -> runners.BundleRunner:
+    def open(
+        self, bundle: Bundle, _stack: Any, *, cuda_graph: bool, runtime_cache: bool
+    ) -> runners.BundleRunner:
         def prepare(batch):
             self.prepared.append(batch[0].shape)
 
@@ -68,7 +70,7 @@ class Engines:
 
         return runners.BundleRunner(
             backend=RunBackend.ENGINE,
-            library=f"fake engine, graph {cuda_graph}",
+            library=f"fake engine, graph {cuda_graph}, cache {runtime_cache}",
             run=lambda _batch: {},
             batch=BatchProfile.parse(bundle.manifest["spec"]["batch"]),
             prepare=prepare,
@@ -90,7 +92,7 @@ def test_the_profiles_three_sizes_are_timed(bundle: Bundle, engines: Engines):
     assert [(1, 3, 4, 4), (2, 3, 4, 4), (20, 3, 4, 4)] == engines.prepared
     assert [4.0, 8.0, 80.0] == [pytest.approx(row.p50_ms) for row in found.rows]
     assert all(row.images_per_second == pytest.approx(250) for row in found.rows)
-    assert ("engine", "fake engine, graph True", None) == (
+    assert ("engine", "fake engine, graph True, cache True", None) == (
         found.backend, found.library, found.threads,
     )  # fmt: skip
 
@@ -156,10 +158,10 @@ def test_an_engine_is_not_compared_with_onnx_runtime(
     """Where only one of two engines runs, AUTO would mix GPU and CPU times."""
     other = small_bundle(tmp_path / "other")
 
-    def only_the_first(bundle: Bundle, stack: Any, *, cuda_graph: bool) -> runners.BundleRunner:
+    def only_the_first(bundle: Bundle, stack: Any, **options: bool) -> runners.BundleRunner:
         if bundle is other:
             raise EnvironmentLackError("no engine")
-        return engines.open(bundle, stack, cuda_graph=cuda_graph)
+        return engines.open(bundle, stack, **options)
 
     monkeypatch.setattr(runners, "_engine", only_the_first)
     with pytest.raises(InputError) as refusal:

@@ -70,11 +70,29 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.fixture
-def bundle(bundles, tmp_path: Path) -> Path:
-    """A copy of the default INT8 bundle."""
-    made, process = bundles("int8")
+def precision() -> str:
+    """Of the bundle; some tests run at another one too."""
+    return "int8"
+
+
+both = pytest.mark.parametrize("precision", ["int8", "fp16"])
+
+
+@pytest.fixture
+def bundle(bundles, tmp_path: Path, precision: str) -> Path:
+    """A copy of the default bundle."""
+    made, process = bundles(precision)
     assert process.returncode == 0, process.stderr
     return shutil.copytree(made, tmp_path / "copied")
+
+
+@pytest.fixture(scope="module")
+def deferred(command, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle whose engine waits for a Jetson Orin."""
+    out = tmp_path_factory.mktemp("deferred") / "bundle"
+    process = command("engine", "A0", "--precision", "fp16", "--target", "orin", "--out", str(out))
+    assert process.returncode == 0, process.stderr
+    return out
 
 
 def test_a_bf16_bundle_says_what_its_graph_needs_to_run(device: Run, bundles, data: Path):
@@ -119,17 +137,19 @@ def flip_a_byte(path: Path) -> None:
     path.write_bytes(data)
 
 
-def test_a_copied_bundle_is_verified(device: Run, bundle: Path):
+@both
+def test_a_copied_bundle_is_verified(device: Run, bundle: Path, precision: str):
     """Hashes and graphs are checked; the engine row says why it did not run, or passes."""
     done = device("verify", bundle, "--json")
     assert done.returncode == 0, done.stderr
     rows = {row["stage"]: row for row in json.loads(done.stdout)["parity"]["stages"]}
-    assert "pass" == rows["simplified"]["status"] == rows["int8"]["status"]
+    assert "pass" == rows["simplified"]["status"] == rows[precision]["status"]
     assert "not_run" == rows["engine"]["status"]
     if driver_lack():
         assert driver_lack() == rows["engine"]["reason"]
 
 
+@both
 def test_a_copied_bundle_is_evaluated(device: Run, bundle: Path, data: Path, tmp_path: Path):
     """On ONNX Runtime, whole and in two shards that merge to the whole."""
     arguments = ("--data", data, "--backend", "onnxruntime", "--json")
@@ -147,15 +167,60 @@ def test_a_copied_bundle_is_evaluated(device: Run, bundle: Path, data: Path, tmp
         assert whole[key] == merged[key]
 
 
+@both
 def test_a_copied_bundle_is_timed(device: Run, bundle: Path):
     """Alone and in turns with another, on ONNX Runtime."""
     arguments = ("--backend", "onnxruntime", "--batch", "1,2", "--seconds", "0", "--json")
     done = device("benchmark", bundle, *arguments)
     assert done.returncode == 0, done.stderr
-    assert [1, 2] == [row["batch"] for row in json.loads(done.stdout)["rows"]]
+    found = json.loads(done.stdout)
+    assert [1, 2] == [row["batch"] for row in found["rows"]]
+    assert (None, None) == (found["runtime_cache"], found["first_run_ms"])
+    assert found["load_ms"] > 0
     done = device("benchmark", bundle, "--compare", bundle, *arguments)
     assert done.returncode == 0, done.stderr
     assert [1, 2] == [ratio["batch"] for ratio in json.loads(done.stdout)["ratios"]]
+
+
+@both
+def test_a_copied_bundle_is_planned(device: Run, bundle: Path, precision: str):
+    """For the targets that it has, for another device by name; a variant can be planned too."""
+    done = device("plan", bundle, "--json")
+    assert (0, "") == (done.returncode, done.stderr)
+    own = json.loads(done.stdout)
+    assert ("RepVGG-A0", precision) == (own["model"], own["precision"])
+    done = device("plan", bundle, "--target", "orin", "--json")
+    assert (0, "") == (done.returncode, done.stderr)
+    (line,) = {
+        line.split()[1]
+        for line in json.loads(done.stdout)["engine"]["deferred"]["commands"].values()
+    }
+    assert f"--onnx=model.{precision}.onnx" == line
+    done = device("plan", "A0", "--precision", precision, "--target", "rtx3060", "--json")
+    assert (0, "") == (done.returncode, done.stderr)
+    assert ["sm86"] == json.loads(done.stdout)["engine"]["build_here"]
+
+
+def test_a_deferred_bundle_is_planned_inspected_and_verified(device: Run, deferred: Path, tmp_path):
+    """It is whole without its engine, and says how to make it."""
+    bundle = shutil.copytree(deferred, tmp_path / "copied")
+    done = device("plan", bundle, "--json")
+    assert (0, "") == (done.returncode, done.stderr)
+    assert ["sm87"] == json.loads(done.stdout)["engine"]["deferred"]["targets"]
+    done = device("inspect", bundle, "--json")
+    assert (0, "") == (done.returncode, done.stderr)
+    engine = json.loads(done.stdout)["engine"]
+    assert ("deferred", ["orin"], "repvgg-export build BUNDLE") == (
+        engine["status"], engine["devices"], engine["build_with"],
+    )  # fmt: skip
+    done = device("verify", bundle, "--json")
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout)["parity"]["stages"][-1]
+    assert ("engine", "not_run") == (row["stage"], row["status"])
+    assert (
+        f"bundle {bundle} holds no engine yet; `repvgg-export build` makes one on the device"
+        == row["reason"]
+    )
 
 
 def test_tables_are_printed_for_people(device: Run, bundle: Path, data: Path):
@@ -171,6 +236,7 @@ def test_tables_are_printed_for_people(device: Run, bundle: Path, data: Path):
         assert "" == done.stderr
 
 
+@both
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -181,15 +247,15 @@ def test_tables_are_printed_for_people(device: Run, bundle: Path, data: Path):
     ],
     ids=lambda arguments: arguments[0],
 )
-def test_a_flipped_byte_is_refused_with_the_file(device: Run, bundle: Path, arguments):
+def test_a_flipped_byte_is_refused_with_the_file(device: Run, bundle: Path, precision, arguments):
     """Exit code 1 and one line that names it."""
-    flip_a_byte(bundle / "model.int8.onnx")
+    flip_a_byte(bundle / f"model.{precision}.onnx")
     done = device(arguments[0], bundle, *arguments[1:])
     assert 1 == done.returncode
     assert (
-        f"repvgg-export: bundle {bundle}: model.int8.onnx missing or not what the manifest says\n"
-        == done.stderr
-    )
+        f"repvgg-export: bundle {bundle}: model.{precision}.onnx missing or not what the manifest "
+        "says\n"
+    ) == done.stderr
 
 
 def test_without_tensorrt_nothing_is_built(device: Run, bundle: Path):

@@ -161,6 +161,18 @@ def test_engine_json_of_a_deferred_bundle_says_why_and_how(deferred):
     assert ["10.16", "10.3", "8.6", "8.5"] == list(engine["commands"])
 
 
+def test_inspect_says_what_a_deferred_bundle_waits_for(deferred, command):
+    """In a table and a sentence for people."""
+    out, _ = deferred
+    process = command("inspect", str(out))
+    assert (0, "") == (process.returncode, process.stderr)
+    assert (
+        f"note: the engine for orin-nano is deferred: {REASON}; on the device: repvgg-export build "
+        "BUNDLE\n"
+    ) in process.stdout
+    assert "status deferred" in process.stdout
+
+
 def test_the_ledger_of_a_deferred_bundle_keeps_the_engine_not_run(deferred):
     """It never counts as passed, and the reason is that it is deferred."""
     out, _ = deferred
@@ -203,6 +215,7 @@ def test_targets_built_here_get_their_engine_beside_deferred_ones(command, tmp_p
     assert 0 == process.returncode, process.stderr
     engine = json.loads((out / "engine.json").read_text())
     assert (["sm86"], ["sm87"]) == (engine["targets"], engine["deferred"]["targets"])
+    assert ("built", "deferred") == (engine["status"], engine["deferred"]["status"])
     assert REASON == engine["deferred"]["reason"]
     assert b"vtrt" == (out / "model.engine").read_bytes()[:4]
     assert "No engine for sm87 yet" in (out / "report.html").read_text()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from exporter import __version__
+from exporter.engine import tensorrt, tensorrt_rtx
 from exporter.spec import ExportRequest, Precision
 from models import VARIANTS
 
@@ -45,6 +46,17 @@ def test_the_wheel_holds_exactly_the_three_packages_with_weights_and_template(tm
     } <= found
 
 
+def test_the_extras_demand_what_the_backends_accept():
+    """No release that a backend drives is shut out, and none that it refuses is let in."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has none")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    for extra, backend in (("tensorrt", tensorrt), ("rtx", tensorrt_rtx)):
+        oldest = ".".join(map(str, backend._OLDEST))
+        assert f"{backend.MODULE.replace('_', '-')}>={oldest}" == extras[extra][0]
+    assert "pycuda" in extras["tensorrt"]
+
+
 def make(*arguments: str) -> str:
     """What `make` would run."""
     done = subprocess.run(
@@ -71,7 +83,7 @@ def test_make_engine_hands_every_variable_to_the_command():
 
 
 @pytest.mark.parametrize(
-    "target", ["engine", "parity", "test", "test-slow", "lint", "format", "benchmark"]
+    "target", ["engine", "parity", "test", "test-slow", "lint", "format", "benchmark", "gpu-test"]
 )
 def test_every_make_target_makes_its_environment_first(target):
     """The environment is installed under the constraints before anything else runs."""

@@ -25,17 +25,26 @@ def add_commands(command: AddCommand) -> None:
     """Add the four commands; each one's ``run`` default executes it."""
     verify = command("verify", "check a bundle's files and figures")
     verify.add_argument("bundle", type=Path, help=_BUNDLE)
+    _add_runtime_cache(verify)
     verify.set_defaults(run=_run_verify)
     _add_build(command("build", "build a bundle's engine, on the device it is for"))
     _add_evaluate(command("evaluate", "top-1 and top-5 of a bundle on labelled images"))
     _add_benchmark(command("benchmark", "latency and throughput of a bundle"))
 
 
+def _add_runtime_cache(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--no-runtime-cache", dest="runtime_cache", action="store_false",
+        help="neither use nor keep the kernels that TensorRT-RTX compiles here")  # fmt: skip
+
+
 def _add_build(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("bundle", type=Path, help=f"{_BUNDLE}; its engine is replaced")
     add("--backend", default="auto", help="who builds it (default: auto)")
-    add("--target", help="compute capabilities, such as sm86 (default: this machine's GPU)")
+    add(
+        "--target",
+        help="devices and compute capabilities, such as orin or sm86 (default: this machine's GPU)",
+    )
     add("--dla", type=int, metavar="CORE",
         help="build for a DLA; the GPU runs what it does not take")  # fmt: skip
     add("--timing-cache", type=Path, metavar="FILE", help="read if it exists, written afterwards")
@@ -57,6 +66,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     add("--skip-bad-images", action="store_true", help="leave unreadable images out and count them")
     add("--threads", type=int, default=0, metavar="N",
         help="of ONNX Runtime (default: all cores)")  # fmt: skip
+    _add_runtime_cache(parser)
     parser.set_defaults(run=_run_evaluate)
 
 
@@ -73,6 +83,7 @@ def _add_benchmark(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=int, default=0, metavar="N",
         help="of ONNX Runtime (default: all cores)")  # fmt: skip
     add("--cuda-graph", action="store_true", help="capture the engine's launch once and replay it")
+    _add_runtime_cache(parser)
     parser.set_defaults(run=_run_benchmark)
 
 
@@ -81,7 +92,9 @@ def _run_verify(options: argparse.Namespace) -> int:
     from exporter.verify import verify
 
     bundle = Bundle.load(options.bundle)
-    ledger = verify(bundle)
+    ledger = verify(
+        bundle, runtime_cache=options.runtime_cache, say=lambda note: _say(note, options)
+    )
     if options.json:
         print_json({"bundle": str(bundle.path), "parity": ledger.to_json()})
     else:
@@ -143,6 +156,7 @@ def _run_evaluate(options: argparse.Namespace) -> int:
             shard=_parsed(lambda: Shard.parse(options.shard)) if options.shard else None,
             skip_bad_images=options.skip_bad_images,
             threads=_threads(options),
+            runtime_cache=options.runtime_cache,
         )
     if options.json:
         print_json(result.to_json())
@@ -171,6 +185,7 @@ def _run_benchmark(options: argparse.Namespace) -> int:
             effort=effort,
             threads=threads,
             cuda_graph=options.cuda_graph,
+            runtime_cache=options.runtime_cache,
         )
         content: Mapping[str, Any] = found.to_json()
         results, ratios = [found], []
@@ -183,12 +198,14 @@ def _run_benchmark(options: argparse.Namespace) -> int:
             effort=effort,
             threads=threads,
             cuda_graph=options.cuda_graph,
+            runtime_cache=options.runtime_cache,
         )
         content, results, ratios = both.to_json(), [both.first, both.second], [both]
     if options.json:
         print_json(content)
         return EXIT_DONE
-    _say(results[0].note, options)
+    for note in dict.fromkeys(result.note for result in results):
+        _say(note, options)
     for result in results:
         print_table(latency_table(result))
     for pair in ratios:

@@ -73,7 +73,22 @@ def latency_table(result: Benchmark) -> Table:
     for row in result.rows:
         times = (f"{value:.3f}" for value in (row.p50_ms, row.p90_ms, row.p99_ms))
         table.add_row(str(row.batch), str(row.runs), *times, f"{row.images_per_second:.1f}")
+    table.caption = _start(result)
     return table
+
+
+def _start(result: Benchmark) -> str | None:
+    """What the start took, and what the cold one did."""
+    if result.load_ms is None:
+        return None
+    words = [f"loaded in {result.load_ms:.1f} ms"]
+    if result.first_run_ms is not None:
+        words.append(f"first run {result.first_run_ms:.1f} ms")
+    if result.runtime_cache is not None:
+        words.append(f"runtime cache {result.runtime_cache}")
+    if result.cold_load_ms is not None and result.cold_first_run_ms is not None:
+        words.append(f"cold: {result.cold_load_ms:.1f} ms and {result.cold_first_run_ms:.1f} ms")
+    return ", ".join(words)
 
 
 def ratio_table(pair: SideBySide) -> Table:

@@ -1,7 +1,8 @@
 """Bundles on the machine that they were made for. numpy, no torch, no onnx.
 
-`memory` is the seam to the GPU, `engine_runner` runs an engine through it, `runners` opens a bundle
-by its engine or by ONNX Runtime, `build` makes a bundle's engine here, `graph_census` counts what
+`memory` is the seam to the GPU, `engine_runner` runs an engine through it, `compiling` and
+`kernel_cache` keep what is compiled at its start, `runners` opens a bundle by its engine or by ONNX
+Runtime, `build` makes a bundle's engine here, `graph_census` counts what
 it must hold, `accuracy` is what an evaluation counted, `timing` the
 stopwatch.
 """
@@ -18,6 +19,7 @@ from exporter.device.runners import (
     open_runner,
     output_names,
     require_intact,
+    run_bundle,
 )
 
 __all__ = [
@@ -31,4 +33,5 @@ __all__ = [
     "options_for",
     "output_names",
     "require_intact",
+    "run_bundle",
 ]

@@ -11,6 +11,7 @@ from exporter import bundle as files
 from exporter.bundle import Bundle, BundleWriter
 from exporter.device.graph_census import read_census
 from exporter.device.runners import batch_profile, require_intact
+from exporter.devices import NO_ENGINE_YET, resolve_targets, target_text
 from exporter.engine import (
     BuildOptions,
     BuildRequest,
@@ -47,6 +48,8 @@ def build_engine(
 ) -> Bundle:
     """Build the bundle's engine, for ``target`` or else this machine's GPU, and publish it there.
 
+    ``target`` is read as at export: ``sm86``, ``orin``, or several with commas.
+
     Without ``options`` those of the export hold: see :func:`options_for`.
     The engine must hold what its graph asks for, as at export. Its figures, the build log and the
     manifest are replaced with it, in one step; the ONNX graphs and the evidence of the export stay
@@ -63,7 +66,7 @@ def build_engine(
     _require_own_files(bundle)
     precision = Precision(bundle.manifest["spec"]["precision"])
     options = options or options_for(bundle)
-    wanted = target or device_target()
+    wanted = target_text(resolve_targets(target)) or device_target()
     builder = get_backend(backend, target=wanted, options=options)
     targets = parse_targets(
         wanted or this_gpu(), builder, precision, allow_emulated=options.allow_emulated
@@ -168,8 +171,10 @@ def _manifest(bundle: Bundle, built: BuiltEngine) -> dict[str, Any]:
         "targets": list(built.summary.targets),
         "versions": {name: version for name, version in found.items() if version is not None},
     }
+    notes = bundle.manifest.get("notes", [])
     return {
         **bundle.manifest,
+        "notes": [note for note in notes if not note.startswith(NO_ENGINE_YET)],
         "targets": list(built.summary.targets),
         "engine_build": build,
     }

@@ -1,11 +1,13 @@
 """Runs a serialized engine: arrays in, arrays out, every input checked before the GPU sees it.
 
 The runtime (`tensorrt` or `tensorrt_rtx`) and the device memory are handed in, so one code path
-serves TensorRT 8.6 to 11 and TensorRT-RTX. It uses only what all of their bindings have.
+serves TensorRT 8.6 to 11 and TensorRT-RTX. It uses only what all of their bindings have; what
+TensorRT-RTX compiles at the start is the part of `compiling`.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from exporter.device.compiling import CompiledKernels
 from exporter.device.engine_ports import cut, ordered, read_port
+from exporter.device.kernel_cache import Startup
 from exporter.device.memory import Array, DeviceMemory
+from exporter.engine.tensorrt_names import IExecutionContext
 from exporter.errors import EnvironmentLackError, GateFailedError, InputError
 from exporter.onnx_runner import Batch, Outputs
 from exporter.profiles import BatchProfile
@@ -33,7 +38,9 @@ class EngineRunner:
     """One engine on one GPU, ready to run; as a context manager it gives its memory back.
 
     ``trt`` is the library that made the engine, ``memory`` belongs to the caller. ``input_names``
-    is the order in which batches come; without it, the engine's own.
+    is the order in which batches come; without it, the engine's own. With ``runtime_cache`` kernels
+    that TensorRT-RTX compiles here are kept for the next start. ``startup`` says what this one
+    took.
 
     Raises:
         EnvironmentLackError: the library does not load this engine, or memory is short.
@@ -42,21 +49,30 @@ class EngineRunner:
     """
 
     def __init__(
-        self, plan: Path, trt: Any, memory: DeviceMemory, *, input_names: Sequence[str] = ()
+        self,
+        plan: Path,
+        trt: Any,
+        memory: DeviceMemory,
+        *,
+        input_names: Sequence[str] = (),
+        runtime_cache: bool = True,
     ) -> None:
+        began = time.perf_counter()
         self._memory = memory
         self._buffers: dict[str, _Buffer] = {}
         self._said: list[str] = []
         # Kept: the bindings hold no reference of their own to the logger.
         self._logger = _make_logger(trt, self._said)
         self._runtime = trt.Runtime(self._logger)
-        self._engine = self._runtime.deserialize_cuda_engine(plan.read_bytes())
+        content = plan.read_bytes()
+        self._engine = self._runtime.deserialize_cuda_engine(content)
         if self._engine is None:
             raise EnvironmentLackError(
                 f"{trt.__name__} {trt.__version__} does not load {plan} on this GPU"
                 f"{self._words()}; `repvgg-export build` makes an engine for this machine"
             )
-        self._context = self._engine.create_execution_context()
+        self._kernels = CompiledKernels(trt, content, caching=runtime_cache)
+        self._context: IExecutionContext = self._kernels.create_context(self._engine)
         if self._context is None:
             raise EnvironmentLackError(f"no execution context for {plan}{self._words()}")
         ports = [
@@ -64,6 +80,8 @@ class EngineRunner:
         ]
         self.inputs = ordered(tuple(port for port in ports if port.smallest), input_names)
         self.outputs = tuple(port for port in ports if not port.smallest)
+        self.startup = Startup(load_ms=_since(began))
+        self._kernels.describe(self.startup)
 
     def __enter__(self) -> EngineRunner:
         return self
@@ -74,9 +92,19 @@ class EngineRunner:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
+        if kind is None:
+            self.close()
+        else:
+            self._release()
 
     def close(self) -> None:
+        """Keep what was compiled, then give everything back."""
+        try:
+            self._kernels.keep(self.startup)
+        finally:
+            self._release()
+
+    def _release(self) -> None:
         """Give the buffers back, then let context, engine and runtime go, in this order."""
         try:
             while self._buffers:
@@ -84,6 +112,7 @@ class EngineRunner:
                 self._memory.free(buffer.address)
         finally:
             self._context = None
+            self._kernels.release()
             self._engine = None
             self._runtime = None
 
@@ -128,7 +157,7 @@ class EngineRunner:
         # Held until the copies are done.
         held = self._feed(batch)
         # The first execution initializes lazily, which cannot be captured.
-        self._execute()
+        self._execute_timed()
         self._memory.synchronize()
         del held
         launch = self._memory.capture(self._execute) if cuda_graph else self._execute
@@ -156,7 +185,7 @@ class EngineRunner:
     def _step(self, batch: Batch) -> Outputs:
         # Held until the copies are done.
         held = self._feed(batch)
-        self._execute()
+        self._execute_timed()
         outputs: Outputs = {}
         for port in self.outputs:
             shape = tuple(self._context.get_tensor_shape(port.name))
@@ -202,6 +231,18 @@ class EngineRunner:
         if not self._context.set_tensor_address(name, buffer.address):
             raise GateFailedError(f"the engine refuses the memory of {name}{self._words()}")
 
+    def _execute_timed(self) -> None:
+        """Execute; of the first time, note how long it took."""
+        if self.startup.first_run_ms is not None:
+            self._execute()
+            return
+        # The copies to the device are still on the stream.
+        self._memory.synchronize()
+        began = time.perf_counter()
+        self._execute()
+        self._memory.synchronize()
+        self.startup.first_run_ms = _since(began)
+
     def _execute(self) -> None:
         if not self._context.execute_async_v3(self._memory.stream):
             raise GateFailedError(f"the engine does not run{self._words()}")
@@ -210,6 +251,11 @@ class EngineRunner:
         """What the library complained about since it was last asked, as the end of a sentence."""
         said, self._said[:] = "; ".join(dict.fromkeys(self._said)), []
         return f": {said}" if said else ""
+
+
+def _since(began: float) -> float:
+    """Milliseconds."""
+    return 1e3 * (time.perf_counter() - began)
 
 
 def _make_logger(trt: Any, said: list[str]) -> Any:

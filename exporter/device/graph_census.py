@@ -50,7 +50,7 @@ def read_census(path: Path) -> GraphCensus:
         with path.open("rb") as file:
             # Not closed by hand: the pieces that an error's traceback holds would forbid it.
             return _count(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
-    except (OSError, ValueError, IndexError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as ONNX: {error}") from error
 
 
@@ -148,6 +148,8 @@ def _varint(data: Bytes, at: int) -> tuple[int, int]:
     """The number that starts at byte ``at``, and where it ends."""
     number = shift = 0
     while True:
+        if at >= len(data):
+            raise ValueError("it is cut off")
         byte = data[at]
         number |= (byte & 0x7F) << shift
         at += 1

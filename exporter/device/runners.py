@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import numpy as np
 from exporter.bundle import ENGINE, ENGINE_SUMMARY, Bundle
 from exporter.device.engine_ports import smallest_cuttable
 from exporter.device.engine_runner import EngineRunner
+from exporter.device.kernel_cache import Startup
 from exporter.device.memory import open_memory
 from exporter.device.timing import Step
 from exporter.engine.runtime_modules import runtime_module
@@ -21,6 +23,7 @@ from exporter.errors import EnvironmentLackError, GateFailedError, InputError
 from exporter.onnx_runner import Batch, OnnxRunner, Outputs, Runner
 from exporter.profiles import BatchProfile
 from exporter.runnable import require_timeable, runnable
+from exporter.spec import choice
 
 
 class RunBackend(str, Enum):
@@ -41,7 +44,8 @@ class BundleRunner:
     ``backend`` is who really runs, never AUTO; ``library`` names it with its version. ``note`` says
     why it is not the engine where AUTO would have preferred that. ``batch`` are the batch sizes
     that one step takes. ``prepare`` sets one batch up and returns what runs it, for stopwatches;
-    where a time would say nothing it raises EnvironmentLackError.
+    where a time would say nothing it raises EnvironmentLackError. ``startup`` is complete once the
+    runner is closed.
     """
 
     backend: RunBackend
@@ -50,6 +54,13 @@ class BundleRunner:
     batch: BatchProfile
     prepare: Callable[[Batch], Step]
     note: str | None = None
+    startup: Startup | None = None
+
+    @property
+    def remarks(self) -> str | None:
+        """``note`` and what the start had to say, for people; complete once it is closed."""
+        words = [self.note] if self.note else []
+        return "; ".join(words + (self.startup.notes if self.startup else [])) or None
 
 
 def require_intact(bundle: Bundle) -> None:
@@ -89,12 +100,17 @@ def batch_profile(bundle: Bundle) -> BatchProfile:
 
 @contextmanager
 def open_runner(
-    bundle: Bundle, backend: RunBackend, *, threads: int = 0, cuda_graph: bool = False
+    bundle: Bundle,
+    backend: RunBackend,
+    *,
+    threads: int = 0,
+    cuda_graph: bool = False,
+    runtime_cache: bool = True,
 ) -> Iterator[BundleRunner]:
     """Open ``bundle``; on leaving, whatever it held on a device is given back.
 
     ``threads`` is for ONNX Runtime, 0 means all cores; ``cuda_graph`` is for the engine and keeps
-    AUTO from anything else.
+    AUTO from anything else. ``runtime_cache`` keeps the kernels that TensorRT-RTX compiles here.
 
     Raises:
         EnvironmentLackError: this machine cannot run it: no driver, library or fitting GPU, no
@@ -108,7 +124,7 @@ def open_runner(
         note = None
         if backend is not RunBackend.ONNXRUNTIME:
             try:
-                runner = _engine(bundle, stack, cuda_graph=cuda_graph)
+                runner = _engine(bundle, stack, cuda_graph=cuda_graph, runtime_cache=runtime_cache)
             except EnvironmentLackError as error:
                 if backend is RunBackend.ENGINE or cuda_graph:
                     raise
@@ -120,12 +136,35 @@ def open_runner(
         yield _onnxruntime(bundle, threads, note)
 
 
-def _engine(bundle: Bundle, stack: ExitStack, *, cuda_graph: bool) -> BundleRunner:
+def run_bundle(bundle: Bundle, batch: Batch, backend: str) -> Outputs:
+    """All outputs for ``batch``, any number of images, by whoever ``backend`` names.
+
+    Raises:
+        InputError: no backend has this name.
+        As :func:`open_runner`.
+    """
+    try:
+        chosen = choice(RunBackend, "backend", backend)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    with open_runner(bundle, chosen) as runner:
+        return runner.run(batch)
+
+
+def _engine(
+    bundle: Bundle, stack: ExitStack, *, cuda_graph: bool, runtime_cache: bool
+) -> BundleRunner:
     name = _engine_backend(bundle)
     trt = runtime_module(name)
     memory = stack.enter_context(open_memory(graphs=cuda_graph))
     engine = stack.enter_context(
-        EngineRunner(bundle.path / ENGINE, trt, memory, input_names=input_names(bundle))
+        EngineRunner(
+            bundle.path / ENGINE,
+            trt,
+            memory,
+            input_names=input_names(bundle),
+            runtime_cache=runtime_cache,
+        )
     )
 
     def run(batch: Batch) -> Outputs:
@@ -139,6 +178,7 @@ def _engine(bundle: Bundle, stack: ExitStack, *, cuda_graph: bool) -> BundleRunn
         run=run,
         batch=engine.batch_profile,
         prepare=lambda batch: engine.prepare(batch, cuda_graph=cuda_graph),
+        startup=engine.startup,
     )
 
 
@@ -161,23 +201,18 @@ def _engine_backend(bundle: Bundle) -> str:
         ) from error
 
 
-class _OneStepRunner(OnnxRunner):
-    """Runs a batch of any size in one step: a stopwatch must not time two halves."""
-
-    def run(self, batch: Batch) -> Outputs:
-        return dict(zip(self.output_names, self._step(batch), strict=True))
-
-
 def _onnxruntime(bundle: Bundle, threads: int, note: str | None) -> BundleRunner:
     precision = bundle.manifest["spec"]["precision"]
+    began = time.perf_counter()
     way = runnable(bundle.graph_path, precision)
-    runner = _OneStepRunner(way.model, optimize=way.optimize, threads=threads)
+    runner = OnnxRunner(way.model, optimize=way.optimize, threads=threads)
+    startup = Startup(load_ms=1e3 * (time.perf_counter() - began))
 
     def prepare(batch: Batch) -> Step:
         require_timeable(precision)
 
         def step() -> None:
-            runner.run(batch)
+            runner.run_at_once(batch)
 
         return step
 
@@ -188,6 +223,7 @@ def _onnxruntime(bundle: Bundle, threads: int, note: str | None) -> BundleRunner
         batch=batch_profile(bundle),
         prepare=prepare,
         note=note,
+        startup=startup,
     )
 
 

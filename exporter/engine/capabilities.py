@@ -19,6 +19,7 @@ PROGRESS_MONITOR     -      yes    yes    yes    yes
 PARSER_NODES         -      yes    yes    yes    yes
 SAME_CAPABILITY      -      -      yes    yes    yes
 NAMED_TARGETS        -      -      -      -      yes
+RUNTIME_CACHE        -      -      -      -      yes
 ===================  =====  =====  =====  =====  ==========
 """
 
@@ -48,6 +49,7 @@ class Capability(Enum):
     PARSER_NODES = "ParserError.node_name"
     SAME_CAPABILITY = "HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY"
     NAMED_TARGETS = "ComputeCapability"
+    RUNTIME_CACHE = "IRuntimeCache"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -55,6 +55,19 @@ def device_target(device: int = 0) -> str | None:
     return f"sm{parts[0]}{parts[1]}"
 
 
+def device_name(device: int = 0) -> str | None:
+    """What the driver calls a GPU here, such as ``NVIDIA GeForce RTX 4090``; None without one."""
+    driver = _load()
+    if isinstance(driver, str) or driver_lack() is not None:
+        return None
+    handle, text = ctypes.c_int(), ctypes.create_string_buffer(256)
+    if driver.cuDeviceGet(ctypes.byref(handle), device) != 0:
+        return None
+    if driver.cuDeviceGetName(text, len(text), handle) != 0:
+        return None
+    return text.value.decode("utf-8", errors="replace")
+
+
 def _load() -> Any:
     """The driver's library, or one sentence saying that there is none."""
     library = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"

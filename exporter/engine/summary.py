@@ -12,6 +12,9 @@ from dataclasses import asdict, dataclass, field
 from exporter.errors import GateFailedError
 from exporter.spec import Precision
 
+BUILT = "built"
+"""The ``status`` of an engine that is there."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConvolutionCounts:
@@ -131,6 +134,7 @@ class EngineSummary:
     def to_json(self) -> dict[str, object]:
         """The content of ``engine.json``: strings, numbers, lists and dicts only."""
         return {
+            "status": BUILT,
             "backend": self.backend,
             "version": self.version,
             "targets": list(self.targets),

@@ -13,11 +13,13 @@ from typing import Any, TypeAlias
 Builder: TypeAlias = Any
 IBuilderConfig: TypeAlias = Any
 ICudaEngine: TypeAlias = Any
+IExecutionContext: TypeAlias = Any
 IHostMemory: TypeAlias = Any
 ILayer: TypeAlias = Any
 ILogger: TypeAlias = Any
 INetworkDefinition: TypeAlias = Any
 IProgressMonitor: TypeAlias = Any
+IRuntimeCache: TypeAlias = Any
 ParserError: TypeAlias = Any
 Runtime: TypeAlias = Any
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from exporter.bundle import ENGINE_SUMMARY, MANIFEST, Bundle, file_sha256
 from exporter.inspection.finding import OWN_FORMAT, Inspection, Kind
+from exporter.plan_engine import DEFERRED
 
 
 def inspect_bundle(path: Path) -> Inspection:
@@ -37,13 +39,16 @@ def inspect_bundle(path: Path) -> Inspection:
         "weights": {key: weights.get(key) for key in ("source", "file", "sha256")},
         "calibration_images": calibration.get("images"),
         "convolutions": engine.get("convolutions"),
+        "engine": _status(engine),
         "stages": [
             {key: _mapping(stage).get(key) for key in ("stage", "status", "sqnr_db")}
             for stage in _list(bundle.parity.get("stages"))
         ],
         "versions": _mapping(bundle.manifest.get("versions")),
     }
-    notes = (f"missing or not what the manifest says: {', '.join(damaged)}",) if damaged else ()
+    notes = _waiting(engine)
+    if damaged:
+        notes = (f"missing or not what the manifest says: {', '.join(damaged)}", *notes)
     return Inspection(
         path=path,
         kind=Kind.BUNDLE,
@@ -67,6 +72,34 @@ def _engine(bundle: Bundle, damaged: tuple[str, ...]) -> dict[str, Any]:
         return _mapping(json.loads((bundle.path / ENGINE_SUMMARY).read_text("utf-8")))
     except (ValueError, RecursionError):
         return {}
+
+
+def _status(engine: Mapping[str, Any]) -> dict[str, Any]:
+    """Whether there is an engine, who made it, and what of it waits for its device."""
+    keys = ("status", "backend", "version", "plan_bytes")
+    waiting = _deferred(engine)
+    found = {key: engine[key] for key in keys if key in engine}
+    for key in ("devices", "targets", "reason", "build_with", "commands"):
+        if waiting.get(key):
+            found["deferred_" * (waiting is not engine) + key] = waiting[key]
+    return found
+
+
+def _waiting(engine: Mapping[str, Any]) -> tuple[str, ...]:
+    """What is to be done where an engine waits for its device."""
+    waiting = _deferred(engine)
+    if not waiting:
+        return ()
+    names = _list(waiting.get("devices")) or _list(waiting.get("targets"))
+    return (
+        f"the engine for {', '.join(map(str, names))} is deferred: {waiting.get('reason')}; "
+        f"on the device: {waiting.get('build_with')}",
+    )
+
+
+def _deferred(engine: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of ``engine.json`` that tells of a deferred engine; empty if none is."""
+    return engine if engine.get("status") == DEFERRED else _mapping(engine.get("deferred"))
 
 
 def _mapping(value: object) -> dict[str, Any]:

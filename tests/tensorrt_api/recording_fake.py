@@ -87,4 +87,8 @@ ANSWERS: dict[str, Any] = {
     "OnnxParser.parse_from_file": True,
     "Runtime.deserialize_cuda_engine": lambda fake: fake.ICudaEngine(),
     "EngineInspector.get_engine_information": LAYERS,
+    "ICudaEngine.create_execution_context": lambda fake: fake.IExecutionContext(),
+    "IRuntimeConfig.set_runtime_cache": True,
+    "IRuntimeCache.deserialize": True,
+    "IRuntimeCache.serialize": b"kernels",
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import onnx
@@ -40,7 +40,7 @@ from exporter.onnx_export import export_network, export_onnx
 from exporter.onnx_runner import OnnxRunner
 from exporter.plan_commands import EngineBuild, GraphInput
 from exporter.plan_engine import EngineOutcome, choose_backend, decide_engine, defer
-from exporter.precision_stage import apply_precision
+from exporter.precision_stage import Precise, apply_precision
 from exporter.prologue import Prologue
 from exporter.prologue_stage import choose_prologue, precede
 from exporter.simplify import simplify
@@ -117,16 +117,14 @@ def run(
             fused = _reparameterize(inputs, judge)
         model, verdict = _export(spec, inputs, fused.module, judge, clock)
         precise = apply_precision(spec, inputs, model, judge, clock.stage)
-        precise = precede(precise, prologue, judge, clock.stage, precision=spec.precision)
         kept = {*spec.keep_float, *precise.kept_half, *precise.kept_float}
+        precise = _described(spec, precise, kept)
+        precise = precede(precise, prologue, judge, clock.stage, precision=spec.precision)
         onnx.save(precise.model, writer.path(files.MODEL))
         graph_path = writer.path(files.MODEL)
         if spec.precision is not Precision.FP32:
             graph_path = writer.path(f"model.{spec.precision}.onnx")
-            words = annotate_precision(
-                precise.graph, str(spec.precision), table=precise.table, kept=kept
-            )
-            onnx.save(words, graph_path)
+            onnx.save(precise.graph, graph_path)
         request = BuildRequest(
             onnx_path=graph_path,
             precision=spec.precision,
@@ -208,6 +206,13 @@ def _export(
             blocks = {block.weight: name for name, block in expected.items()}
     description = Description(title=spec.title, metadata=metadata, blocks=blocks)
     return annotate(model, description), verdict
+
+
+def _described(spec: ExportSpec, precise: Precise, kept: Collection[str]) -> Precise:
+    if spec.precision is Precision.FP32:
+        return precise
+    graph = annotate_precision(precise.graph, str(spec.precision), table=precise.table, kept=kept)
+    return replace(precise, graph=graph)
 
 
 def _is_plain(spec: ExportSpec) -> bool:

@@ -16,7 +16,7 @@ from exporter.errors import GateFailedError, InputError
 from exporter.graph import graph_sha256
 from exporter.onnx_runner import OnnxRunner
 from exporter.pixel_input import Layout, recorded_layout
-from exporter.precision import to_half
+from exporter.precision import BFLOAT16, HALF, to_type
 from exporter.prologue import (
     Prologue,
     normalized,
@@ -93,7 +93,11 @@ def test_the_graph_on_pixels_is_the_graph_on_normalized_images(
 
 
 @pytest.mark.parametrize("layout", Layout)
-@pytest.mark.parametrize("made", [network, lambda: to_half(network())], ids=["float", "half"])
+@pytest.mark.parametrize(
+    "made",
+    [network, lambda: to_type(HALF, network()), lambda: to_type(BFLOAT16, network())],
+    ids=["float", "half", "bfloat16"],
+)
 def test_what_is_put_on_comes_off_byte_for_byte(
     layout: Layout, made: Callable[[], onnx.ModelProto]
 ) -> None:
@@ -134,7 +138,7 @@ def test_the_prologue_reads_back(layout: Layout) -> None:
 def test_graphs_without_a_prologue_have_none() -> None:
     """A float graph; one with two inputs; half graphs, which begin with a Cast too."""
     assert read_prologue(network()) is None
-    assert read_prologue(to_half(network())) is None
+    assert read_prologue(to_type(HALF, network())) is None
     two = network()
     two.graph.input.append(helper.make_tensor_value_info("more", TensorProto.FLOAT, [1]))
     assert read_prologue(two) is None

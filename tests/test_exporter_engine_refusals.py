@@ -170,7 +170,9 @@ def test_a_timing_cache_that_cannot_be_used_is_named(tmp_path: Path):
     """Reading it and writing it back."""
     with pytest.raises(BadInputError) as caught:
         built(OLD, with_options(timing_cache=tmp_path))
-    assert str(caught.value).startswith(f"timing cache {tmp_path} cannot be read: [Errno 21] ")
+    assert str(caught.value) == (
+        f"timing cache {tmp_path} cannot be read: [Errno 21] Is a directory: '{tmp_path}'"
+    )
     cache = SimpleNamespace(serialize=lambda: b"timings")
     config = SimpleNamespace(get_timing_cache=lambda: cache)
     path = tmp_path / "absent" / "timings"

@@ -42,6 +42,7 @@ CALIBRATION_CACHE = "calibration.cache"
 BUILD_LOG = "build.log"
 JUNIT = "junit.xml"
 REPORT = "report.html"
+_RIGHT_WHEN_OPTIMIZED = ("fp32", "int8")
 
 
 def file_sha256(path: Path) -> str:
@@ -223,6 +224,17 @@ class Bundle:
         precision = self.manifest["spec"]["precision"]
         return self.path / (MODEL if precision == "fp32" else f"model.{precision}.onnx")
 
+    @property
+    def has_half_scales(self) -> bool:
+        """Whether the Q/DQ graph is half all through; false for other graphs and older bundles."""
+        return bool(self.manifest.get("half_scales", False))
+
+    @property
+    def right_when_optimized(self) -> bool:
+        """Whether ONNX Runtime may optimize the graph: see :class:`OnnxRunner`."""
+        precision = self.manifest["spec"]["precision"]
+        return precision in _RIGHT_WHEN_OPTIMIZED and not self.has_half_scales
+
     def _names(self, kind: str, default: str) -> list[str]:
         return [port["name"] for port in self.manifest.get(kind, [{"name": default}])]
 
@@ -261,8 +273,7 @@ class Bundle:
         """
         batch = inputs if isinstance(inputs, tuple) else (inputs,)
         self._require_inputs(batch)
-        half = self.manifest["spec"]["precision"] == "fp16"
-        outputs = OnnxRunner(self.graph_path, optimize=not half).run(batch)
+        outputs = OnnxRunner(self.graph_path, optimize=self.right_when_optimized).run(batch)
         return next(iter(outputs.values())) if len(outputs) == 1 else outputs
 
     def _require_inputs(self, batch: tuple[FloatArray, ...]) -> None:

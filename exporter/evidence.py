@@ -56,6 +56,7 @@ def manifest(
     fused: Fused,
     verdict: ContractVerdict,
     recipe: str | None,
+    half_scales: bool,
     notes: tuple[str, ...],
 ) -> dict[str, Any]:
     source, interface = inputs.source, inputs.interface
@@ -81,6 +82,7 @@ def manifest(
             "worst_relative": worst.relative if worst else None,
         },
         "targets": list(engine.targets),
+        "half_scales": half_scales,
         "versions": versions(),
         "spec": spec.to_json(),
         "notes": list(notes),

@@ -139,12 +139,12 @@ class Judge:
         advice = "tracing freezes what Python computes from shapes or values" if frozen else ""
         self.add(self.score(stage, run, gate), advice)
 
-    def recheck(self, stage: str, run: Runner) -> None:
-        """Judge a stage again whose graph was replaced by an equal one; the row is replaced too."""
+    def recheck(self, stage: str, run: Runner, gate: Gate | None = None) -> None:
+        """Judge a stage again whose graph was replaced; the row is replaced too."""
         before = self.ledger
         place = [row.stage for row in before.stages].index(stage)
         self.ledger = replace(before, stages=before.stages[:place])
-        self.check(stage, run)
+        self.check(stage, run, gate)
         rows = (*self.ledger.stages, *before.stages[place + 1 :])
         self.ledger = replace(before, stages=rows)
 

@@ -112,7 +112,9 @@ def run(
             judge = Judge(spec, inputs.source, inputs.evaluation, inputs.interface)
             fused = _reparameterize(inputs, judge)
         model, verdict = _export(spec, inputs, fused.module, judge, clock)
-        precise = apply_precision(spec, inputs, model, judge, clock.stage)
+        precise = apply_precision(
+            spec, inputs, model, judge, clock.stage, half_scales=decision.emulated
+        )
         onnx.save(precise.model, writer.path(files.MODEL))
         graph_path = writer.path(files.MODEL)
         if spec.precision is not Precision.FP32:
@@ -133,7 +135,8 @@ def run(
             with clock.stage("engine") as advance:
                 kept = {*spec.keep_float, *precise.kept_half, *precise.kept_float}
                 built = _build(backend, request, model, advance, kept=kept)
-        deferred = defer(decision, _engine_build(spec, inputs))
+        told = _engine_build(spec, inputs, half_scales=decision.emulated)
+        deferred = defer(decision, told)
         engine = EngineOutcome(built=built, deferred=deferred)
         judge.skip(
             "engine", deferred.not_run_reason if deferred and not built else engine_not_run_reason()
@@ -149,6 +152,7 @@ def run(
                 fused=fused,
                 verdict=verdict,
                 recipe=precise.table.method if precise.table else None,
+                half_scales=decision.emulated,
                 notes=notes,
             )
             report.write(writer, document, judge.ledger, engine.to_json(), clock.seconds)
@@ -204,7 +208,7 @@ def _is_plain(spec: ExportSpec) -> bool:
     return spec.variant is not None and spec.variant.squeeze is Squeeze.NONE
 
 
-def _engine_build(spec: ExportSpec, inputs: Inputs) -> EngineBuild:
+def _engine_build(spec: ExportSpec, inputs: Inputs, *, half_scales: bool) -> EngineBuild:
     """What whoever builds the engine elsewhere must be told."""
     ports = inputs.interface.inputs
     return EngineBuild(
@@ -214,6 +218,7 @@ def _engine_build(spec: ExportSpec, inputs: Inputs) -> EngineBuild:
         size=spec.dynamic_size,
         workspace_mib=spec.workspace_mib,
         dla_core=spec.build.dla.core if spec.build.dla else None,
+        half_scales=half_scales,
     )
 
 

@@ -40,7 +40,10 @@ class GraphInput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineBuild:
-    """What every tool must be told. ``dla_core`` is None for the GPU."""
+    """What every tool must be told. ``dla_core`` is None for the GPU.
+
+    With ``half_scales`` the Q/DQ graph is half all through, which takes opset 19.
+    """
 
     precision: str
     inputs: tuple[GraphInput, ...]
@@ -48,6 +51,7 @@ class EngineBuild:
     size: SizeProfile | None = None
     workspace_mib: int | None = None
     dla_core: int | None = None
+    half_scales: bool = False
 
     @property
     def graph(self) -> str:
@@ -81,6 +85,8 @@ def tensorrt_rtx(build: EngineBuild, capabilities: Sequence[str]) -> str:
 
 
 def _weakly_typed(build: EngineBuild) -> tuple[str, list[str]] | None:
+    if build.half_scales:
+        return None
     known = {
         "fp32": (MODEL, []),
         "fp16": (MODEL, ["--fp16"]),

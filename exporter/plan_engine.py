@@ -18,8 +18,10 @@ from exporter.engine import (
     BuildRequest,
     BuiltEngine,
     ProgressCallback,
+    emulated_targets,
     get_backend,
     parse_targets,
+    require_one_form,
 )
 from exporter.errors import EnvironmentLackError
 from exporter.plan_commands import EngineBuild, trtexec
@@ -36,11 +38,13 @@ class EngineDecision:
     """``build_here`` are compute capabilities as `Backend.build` takes them.
 
     ``reason`` is one clause that says why ``deferred`` is not empty, and empty if it is.
+    ``emulated``: the precision is computed in half, from a graph that is half all through.
     """
 
     build_here: tuple[str, ...]
     deferred: tuple[Target, ...] = ()
     reason: str = ""
+    emulated: bool = False
 
     @property
     def deferred_capabilities(self) -> tuple[str, ...]:
@@ -203,13 +207,19 @@ def decide_engine(
         build_here = parse_targets(
             target_text(here), backend, precision, allow_emulated=allow_emulated
         )
+    emulated = bool(emulated_targets(build_here, backend, precision))
+    if emulated:
+        waiting = (target.capability for target in deferred)
+        require_one_form((*build_here, *waiting), backend, precision)
     reason = ""
     if deferred:
         reason = (
             f"{_need(deferred)} full TensorRT, run on the device itself; "
             f"{backend.name} builds for {', '.join(backend.supported_targets(precision))}"
         )
-    return EngineDecision(build_here=build_here, deferred=deferred, reason=reason)
+    return EngineDecision(
+        build_here=build_here, deferred=deferred, reason=reason, emulated=emulated
+    )
 
 
 def defer(decision: EngineDecision, build: EngineBuild) -> DeferredEngine | None:

@@ -16,6 +16,7 @@ def export_stages(spec: ExportSpec, decision: EngineDecision) -> tuple[PlannedSt
         "export": "write the deploy form as ONNX and compare it with the original",
         "simplify": "fold constants, compare again, check that the graph is plain",
         **_precision(spec),
+        **_emulation(decision),
         "engine": _engine(decision),
         "publish": f"write evidence and hashes and move the bundle to {spec.out}",
     }
@@ -48,6 +49,12 @@ def _precision(spec: ExportSpec) -> dict[str, str]:
         "calibrate": f"observe up to {spec.calibration_images} calibration images ({images})",
         "quantize": f"scales and Q/DQ nodes by {recipe}; compare with the original",
     }
+
+
+def _emulation(decision: EngineDecision) -> dict[str, str]:
+    if not decision.emulated:
+        return {}
+    return {"half": "write the Q/DQ graph in half, scales included, and compare it again"}
 
 
 def _engine(decision: EngineDecision) -> str:

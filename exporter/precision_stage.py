@@ -12,6 +12,7 @@ from calibration.table import CalibrationTable
 from exporter import parity
 from exporter.calibrator import observe_images
 from exporter.errors import InputError
+from exporter.half_scales import to_half_scales
 from exporter.inputs import Inputs
 from exporter.int8 import Int8Request, choose
 from exporter.judge import Judge
@@ -46,9 +47,17 @@ class Precise:
 
 
 def apply_precision(
-    spec: ExportSpec, inputs: Inputs, model: onnx.ModelProto, judge: Judge, stage: Stage
+    spec: ExportSpec,
+    inputs: Inputs,
+    model: onnx.ModelProto,
+    judge: Judge,
+    stage: Stage,
+    *,
+    half_scales: bool = False,
 ) -> Precise:
     """The graph to build from at ``spec.precision``; its row is in ``judge``'s ledger.
+
+    With ``half_scales`` an int8 graph is half all through, for targets that compute it so.
 
     Raises:
         GateFailedError: if it is not close enough to the original.
@@ -63,9 +72,16 @@ def apply_precision(
             graph = to_half(model)
             judge.check("fp16", OnnxRunner(graph, optimize=False).run, gate)
         return Precise(model=model, graph=graph)
-    if inputs.source.trained is not None:
-        return _quantize_trained(spec, inputs, model, judge, stage)
-    return _quantize(spec, inputs, model, judge, stage)
+    quantize = _quantize if inputs.source.trained is None else _quantize_trained
+    precise = quantize(spec, inputs, model, judge, stage)
+    if not half_scales:
+        return precise
+    with stage("half"):
+        require_half_range(largest_magnitudes(precise.model, judge.batches()))
+        graph = to_half_scales(precise.graph)
+        gate = _precision_gate(spec, inputs.source)
+        judge.recheck("int8", OnnxRunner(graph, optimize=False).run, gate)
+    return replace(precise, graph=graph)
 
 
 def _quantize_trained(

@@ -23,6 +23,7 @@ from exporter.engine import (
     device_target,
     get_backend,
     parse_targets,
+    require_half_scales,
 )
 from exporter.engine.runtime_modules import this_gpu
 from exporter.errors import InputError
@@ -68,6 +69,8 @@ def build_engine(
     targets = parse_targets(
         wanted or this_gpu(), builder, precision, allow_emulated=options.allow_emulated
     )
+    if not bundle.has_half_scales:
+        require_half_scales(targets, builder, precision, bundle=str(bundle.path))
     request = _request(bundle, precision, targets, options)
     built = builder.build(request, progress)
     _require_contents(bundle, built, request)

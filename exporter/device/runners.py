@@ -21,9 +21,6 @@ from exporter.errors import EnvironmentLackError, GateFailedError, InputError
 from exporter.onnx_runner import Batch, OnnxRunner, Outputs, Runner
 from exporter.profiles import BatchProfile
 
-_RIGHT_WHEN_OPTIMIZED = ("fp32", "int8")
-"""ONNX Runtime's optimizations are kept off other graphs: see :class:`OnnxRunner`."""
-
 
 class RunBackend(str, Enum):
     """Who runs a bundle; AUTO is the engine where it runs, else ONNX Runtime."""
@@ -169,8 +166,9 @@ class _OneStepRunner(OnnxRunner):
 
 
 def _onnxruntime(bundle: Bundle, threads: int, note: str | None) -> BundleRunner:
-    optimize = bundle.manifest["spec"]["precision"] in _RIGHT_WHEN_OPTIMIZED
-    runner = _OneStepRunner(bundle.graph_path, optimize=optimize, threads=threads)
+    runner = _OneStepRunner(
+        bundle.graph_path, optimize=bundle.right_when_optimized, threads=threads
+    )
 
     def prepare(batch: Batch) -> Step:
         def step() -> None:

@@ -30,7 +30,13 @@ from exporter.engine.summary import (
     TargetFigures,
     check_engine,
 )
-from exporter.engine.targets import parse_targets, target_names
+from exporter.engine.targets import (
+    emulated_targets,
+    parse_targets,
+    require_half_scales,
+    require_one_form,
+    target_names,
+)
 from exporter.engine.tensorrt import TensorRt
 from exporter.engine.tensorrt_rtx import TensorRtRtx
 from exporter.errors import InputError
@@ -54,9 +60,12 @@ __all__ = [
     "dla_complaints",
     "dla_lack",
     "driver_lack",
+    "emulated_targets",
     "engine_not_run_reason",
     "get_backend",
     "parse_targets",
+    "require_half_scales",
+    "require_one_form",
 ]
 
 AUTO = "auto"

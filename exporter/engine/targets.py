@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Collection
 
 from exporter.engine.backend import Backend
 from exporter.errors import InputError
@@ -65,7 +66,52 @@ def parse_targets(
         if name in supported or (allow_emulated and _is_emulated(name, backend, precision)):
             continue
         raise InputError(_refusal(name, backend, precision))
+    require_one_form(names, backend, precision)
     return tuple(sorted(names, key=_number))
+
+
+def emulated_targets(
+    names: Collection[str], backend: Backend, precision: Precision
+) -> tuple[str, ...]:
+    """Those of ``names`` where ``backend`` computes ``precision`` in half, ascending."""
+    supported = backend.supported_targets(precision)
+    emulated = {n for n in names if n not in supported and _is_emulated(n, backend, precision)}
+    return tuple(sorted(emulated, key=_number))
+
+
+def require_one_form(names: Collection[str], backend: Backend, precision: Precision) -> None:
+    """Return only if all or none of ``names`` emulate ``precision``.
+
+    One plan has one layer table, so an emulating target would take INT8 from the others; and it is
+    built from another graph.
+
+    Raises:
+        InputError: otherwise.
+    """
+    emulated = ", ".join(emulated_targets(names, backend, precision))
+    others = ", ".join(sorted({*names} - {*emulated.split(", ")}, key=_number))
+    if emulated and others:
+        raise InputError(
+            f"{emulated} computes {precision} in half and needs a graph and a plan of its own, "
+            f"without {others}: export {emulated} to another bundle (--out)"
+        )
+
+
+def require_half_scales(
+    names: Collection[str], backend: Backend, precision: Precision, *, bundle: str
+) -> None:
+    """Return only if no target of ``names`` needs half scales, which ``bundle`` does not have.
+
+    Raises:
+        InputError: otherwise.
+    """
+    emulated = ",".join(emulated_targets(names, backend, precision))
+    if emulated:
+        raise InputError(
+            f"{emulated} computes {precision} in half, which needs a graph with half scales, and "
+            f"bundle {bundle} has float ones: export again with --target {emulated} "
+            "--allow-emulated"
+        )
 
 
 def target_names(text: str | None) -> tuple[str, ...]:

@@ -134,8 +134,13 @@ def test_turing_int8_needs_a_word_more():
         "half and dequantizes the weights at run time, so INT8 brings nothing there; use fp16, or "
         "--allow-emulated to build it all the same (known: sm80, sm86, sm89, sm120, sm121)"
     )
-    allowed = parse_targets("sm86,sm75", backend, Precision.INT8, allow_emulated=True)
-    assert ("sm75", "sm86") == allowed
+    assert ("sm75",) == parse_targets("sm75", backend, Precision.INT8, allow_emulated=True)
+    with pytest.raises(InputError) as caught:
+        parse_targets("sm86,sm75", backend, Precision.INT8, allow_emulated=True)
+    assert str(caught.value) == (
+        "sm75 computes int8 in half and needs a graph and a plan of its own, without sm86: export "
+        "sm75 to another bundle (--out)"
+    )
     assert RTX_TARGETS[1:] == parse_targets(None, backend, Precision.INT8, allow_emulated=True)
     with pytest.raises(InputError) as caught:
         parse_targets("sm75", backend, Precision.FP32, allow_emulated=True)

@@ -25,20 +25,19 @@ TENSORRT_CACHE_VERSION = "10.3.0"
 """The TensorRT of JetPack 6, whose DLA still reads calibration caches."""
 
 
+def write_calibration(writer: BundleWriter, table: CalibrationTable) -> None:
+    """The INT8 scales, as this project's JSON and as TensorRT's text."""
+    writer.write_text(files.CALIBRATION, table.dumps())
+    writer.write_text(files.CALIBRATION_CACHE, table.to_cache_text(TENSORRT_CACHE_VERSION))
+
+
 def write_evidence(
-    writer: BundleWriter,
-    inputs: Inputs,
-    judge: Judge,
-    engine: EngineOutcome,
-    table: CalibrationTable | None,
+    writer: BundleWriter, inputs: Inputs, judge: Judge, engine: EngineOutcome
 ) -> None:
     writer.write_text(files.ENGINE_SUMMARY, files.dumps(engine.to_json()))
     if engine.built is not None:
         writer.path(files.ENGINE).write_bytes(engine.built.plan)
         writer.write_text(files.BUILD_LOG, engine.built.build_log)
-    if table is not None:
-        writer.write_text(files.CALIBRATION, table.dumps())
-        writer.write_text(files.CALIBRATION_CACHE, table.to_cache_text(TENSORRT_CACHE_VERSION))
     (sample, *_) = judge.samples(REFERENCE_IMAGES)
     ports = inputs.interface
     arrays = {port.name: array for port, array in zip(ports.inputs, sample, strict=True)}

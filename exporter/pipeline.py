@@ -8,7 +8,7 @@ first failed gate ends the run and nothing is published.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,15 +20,17 @@ from exporter import bundle as files
 from exporter import contract, report
 from exporter.bundle import Bundle, BundleWriter
 from exporter.contract import ContractVerdict
-from exporter.devices import resolve_targets
+from exporter.devices import Target, check_dla, resolve_targets
 from exporter.engine import (
     Backend,
     BuildRequest,
     BuiltEngine,
     check_engine,
+    dla_complaints,
     engine_not_run_reason,
 )
-from exporter.evidence import manifest, write_evidence
+from exporter.errors import InputError
+from exporter.evidence import manifest, write_calibration, write_evidence
 from exporter.fused_blocks import Fused, expected_blocks, fuse
 from exporter.graph import pointwise_convolutions, quantizable
 from exporter.inputs import Inputs, prepare
@@ -38,7 +40,13 @@ from exporter.network import torch_runner
 from exporter.onnx_export import export_network, export_onnx
 from exporter.onnx_runner import OnnxRunner
 from exporter.plan_commands import EngineBuild, GraphInput
-from exporter.plan_engine import EngineOutcome, choose_backend, decide_engine, defer
+from exporter.plan_engine import (
+    EngineDecision,
+    EngineOutcome,
+    choose_backend,
+    decide_engine,
+    defer,
+)
 from exporter.precision_stage import apply_precision
 from exporter.simplify import simplify
 from exporter.spec import ExportSpec, Precision
@@ -105,6 +113,7 @@ def run(
     decision = decide_engine(
         asked, backend, spec.precision, allow_emulated=spec.build.allow_emulated
     )
+    _require_possible(spec, asked, backend, decision)
     with BundleWriter(spec.out) as writer:
         with clock.stage("load"):
             inputs = inputs or prepare(spec)
@@ -120,6 +129,8 @@ def run(
         if spec.precision is not Precision.FP32:
             graph_path = writer.path(f"model.{spec.precision}.onnx")
             onnx.save(precise.graph, graph_path)
+        if precise.table is not None:
+            write_calibration(writer, precise.table)
         request = BuildRequest(
             onnx_path=graph_path,
             precision=spec.precision,
@@ -128,6 +139,7 @@ def run(
             size=spec.dynamic_size,
             workspace_mib=spec.workspace_mib,
             float_path=writer.path(files.MODEL),
+            cache_path=writer.path(files.CALIBRATION_CACHE) if precise.table else None,
             options=spec.build,
         )
         built = None
@@ -144,7 +156,7 @@ def run(
         with clock.stage("publish"):
             notes = inputs.source.notes + inputs.notes + fused.notes + precise.notes + judge.notes
             notes += engine.notes
-            write_evidence(writer, inputs, judge, engine, precise.table)
+            write_evidence(writer, inputs, judge, engine)
             document = manifest(
                 spec,
                 inputs,
@@ -164,6 +176,19 @@ def run(
         notes=notes,
         seconds=clock.seconds,
     )
+
+
+def _require_possible(
+    spec: ExportSpec, asked: Sequence[Target], backend: Backend | None, decision: EngineDecision
+) -> None:
+    """Refuse now what the builder, here or on the device, would refuse after all the work."""
+    if spec.build.dla is not None and asked:
+        check_dla(asked, spec.build.dla.core, str(spec.precision))
+    if backend is not None and decision.build_here:
+        backend.require_options(spec.build)
+    complaints = dla_complaints(spec.build, spec.precision, spec.batch, spec.dynamic_size)
+    if complaints:
+        raise InputError("; ".join(complaints))
 
 
 def _reparameterize(inputs: Inputs, judge: Judge) -> Fused:
@@ -219,6 +244,7 @@ def _engine_build(spec: ExportSpec, inputs: Inputs, *, half_scales: bool) -> Eng
         workspace_mib=spec.workspace_mib,
         dla_core=spec.build.dla.core if spec.build.dla else None,
         half_scales=half_scales,
+        implicit=spec.build.is_implicit,
     )
 
 

@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from exporter import bundle as files
+from exporter.build_options import BuildOptions
 from exporter.bundle import Bundle
-from exporter.device import require_intact
+from exporter.device import options_for, require_intact
 from exporter.devices import FULL, RTX, Target, check_dla, resolve_targets
 from exporter.engine import Backend, get_backend, require_half_scales
 from exporter.errors import EnvironmentLackError, InputError
@@ -70,15 +71,14 @@ def make_plan(
         size=spec.dynamic_size,
         workspace_mib=spec.workspace_mib,
         dla_core=dla_core,
+        implicit=spec.build.is_implicit,
     )
     notes = []
     if num_classes is None and str(spec.weights).partition("@")[0] not in ("None", RANDOM, HUB):
         notes.append(f"sizes are those of {classes} classes; --classes says otherwise")
     if spec.max_drop is not None or spec.min_sqnr_db is not None or spec.keep_float:
         notes.append("layers that stay in half or float make graph and engine larger")
-    places = _places(
-        build, spec.backend, spec.target, find, allow_emulated=spec.build.allow_emulated
-    )
+    places = _places(build, spec.backend, spec.target, find, options=spec.build)
     build = replace(build, half_scales=places.decision.emulated)
     count = count_weights(variant, classes)
     graphs = {files.MODEL: graph_bytes(count, "fp32")}
@@ -123,6 +123,7 @@ def plan_bundle(
     size = recorded.get("dynamic_size")
     if "inputs" not in bundle.manifest or "contract" not in bundle.manifest:
         raise InputError(f"bundle {bundle.path} does not name its inputs: export it again")
+    options = options_for(bundle, dla=dla_core)
     build = EngineBuild(
         precision=recorded["precision"],
         inputs=tuple(
@@ -134,14 +135,9 @@ def plan_bundle(
         workspace_mib=recorded.get("workspace_mib"),
         dla_core=dla_core,
         half_scales=bundle.has_half_scales,
+        implicit=options.is_implicit,
     )
-    places = _places(
-        build,
-        backend,
-        target or recorded.get("target"),
-        find,
-        allow_emulated=recorded.get("build", {}).get("allow_emulated", False),
-    )
+    places = _places(build, backend, target or recorded.get("target"), find, options=options)
     if places.backend is not None and not build.half_scales:
         here, precision = places.decision.build_here, Precision(build.precision)
         require_half_scales(here, places.backend, precision, bundle=str(bundle.path))
@@ -177,15 +173,16 @@ def _places(
     target: str | None,
     find: Callable[..., Backend],
     *,
-    allow_emulated: bool,
+    options: BuildOptions,
 ) -> _Places:
     asked = resolve_targets(target)
     if build.dla_core is not None:
         check_dla(asked, build.dla_core, build.precision)
     chosen, lack = _backend(backend, asked, find)
-    decision = decide_engine(
-        asked, chosen, Precision(build.precision), allow_emulated=allow_emulated
-    )
+    precision = Precision(build.precision)
+    decision = decide_engine(asked, chosen, precision, allow_emulated=options.allow_emulated)
+    if chosen is not None and decision.build_here:
+        chosen.require_options(options)
     return _Places(asked=asked, backend=chosen, lack=lack, decision=decision)
 
 

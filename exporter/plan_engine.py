@@ -22,6 +22,7 @@ from exporter.engine import (
     get_backend,
     parse_targets,
     require_one_form,
+    tensorrt_rtx,
 )
 from exporter.errors import EnvironmentLackError
 from exporter.plan_commands import EngineBuild, trtexec
@@ -147,6 +148,10 @@ class MissingBackend:
             and (item.number > 75 or precision.value == "fp16")
             and (item.number >= 89 or precision.value != "fp8")
         )
+
+    def require_options(self, options: BuildOptions) -> None:
+        """As TensorRT-RTX does it."""
+        tensorrt_rtx.require_options(options)
 
     def build(self, request: BuildRequest, progress: ProgressCallback) -> BuiltEngine:
         """Raises EnvironmentLackError."""

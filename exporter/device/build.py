@@ -18,6 +18,7 @@ from exporter.engine import (
     Dla,
     HardwareCompatibility,
     ProgressCallback,
+    Quantization,
     Typing,
     check_engine,
     device_target,
@@ -105,22 +106,22 @@ def options_for(
 ) -> BuildOptions:
     """What the export was asked for, as the manifest records it, and on top of it what is given.
 
-    Files of the exporting machine are left out. A DLA takes its scales from a calibration cache,
-    not from Q/DQ nodes, so where there is one the bundle's own is used.
+    Files of the exporting machine are left out: implicit INT8 takes the bundle's own scales.
 
     Raises:
         ValueError: for a value that makes no sense.
     """
     recorded = bundle.manifest["spec"].get("build", {})
     core = recorded.get("dla") if dla is None else dla
-    cache = bundle.path / files.CALIBRATION_CACHE
-    implicit = (core is not None or "calibration_cache" in recorded) and cache.is_file()
+    quantization = recorded.get("quantization", Quantization.AUTO)
+    if "calibration_cache" in recorded:
+        quantization = Quantization.IMPLICIT
     fallback = recorded.get("gpu_fallback", True)
     level = recorded.get("optimization_level")
     return BuildOptions(
         typing=Typing(recorded.get("typing", Typing.AUTO)),
         dla=None if core is None else Dla(core=core, gpu_fallback=fallback),
-        calibration_cache=cache if implicit else None,
+        quantization=Quantization(quantization),
         timing_cache=timing_cache,
         optimization_level=level if optimization_level is None else optimization_level,
         hardware_compatibility=HardwareCompatibility(
@@ -136,6 +137,7 @@ def _request(
 ) -> BuildRequest:
     spec = bundle.manifest["spec"]
     size = spec.get("dynamic_size")
+    cache = bundle.path / files.CALIBRATION_CACHE
     return BuildRequest(
         onnx_path=bundle.graph_path,
         precision=precision,
@@ -144,6 +146,7 @@ def _request(
         size=None if size is None else SizeProfile.parse(size),
         workspace_mib=spec.get("workspace_mib"),
         float_path=bundle.path / files.MODEL,
+        cache_path=cache if cache.is_file() else None,
         options=options,
     )
 

@@ -17,6 +17,7 @@ from exporter.build_options import (
     BuildOptions,
     Dla,
     HardwareCompatibility,
+    Quantization,
     Typing,
 )
 from exporter.engine import tensorrt, tensorrt_rtx
@@ -27,6 +28,7 @@ from exporter.engine.installation import is_installed
 from exporter.engine.summary import (
     ConvolutionCounts,
     EngineSummary,
+    EngineTyping,
     TargetFigures,
     check_engine,
 )
@@ -49,8 +51,10 @@ __all__ = [
     "ConvolutionCounts",
     "Dla",
     "EngineSummary",
+    "EngineTyping",
     "HardwareCompatibility",
     "ProgressCallback",
+    "Quantization",
     "TargetFigures",
     "TensorRt",
     "TensorRtRtx",

@@ -141,8 +141,9 @@ def test_turing_int8_needs_a_word_more():
         parse_targets("sm75,sm86", backend, Precision.INT8)
     assert str(caught.value) == (
         "target sm75 cannot do int8: on Turing (sm75) the builder runs quantized convolutions in "
-        "half and dequantizes the weights at run time, so INT8 brings nothing there; use fp16, or "
-        "--allow-emulated to build it all the same (known: sm80, sm86, sm89, sm120, sm121)"
+        "half and dequantizes the weights at run time, so INT8 brings nothing there; use fp16, "
+        "--backend tensorrt for INT8 built on the device, or --allow-emulated to build it here all "
+        "the same (known: sm80, sm86, sm89, sm120, sm121)"
     )
     assert ("sm75",) == parse_targets("sm75", backend, Precision.INT8, allow_emulated=True)
     with pytest.raises(InputError) as caught:

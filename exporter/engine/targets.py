@@ -7,14 +7,12 @@ backend, so a new backend brings its own list.
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Collection
 
+from exporter.devices import read_capability
 from exporter.engine.backend import Backend
 from exporter.errors import InputError
 from exporter.spec import Precision
-
-_FORM = re.compile(r"(?:(?:sm|compute)[_-]?)?(\d{2,3}|\d{1,2}\.\d)", re.IGNORECASE)
 
 _DEVICE_ONLY = {
     "sm53": "Jetson Nano and TX1",
@@ -35,8 +33,8 @@ _REASONS = {
         "sm75",
         Precision.INT8,
     ): "on Turing (sm75) the builder runs quantized convolutions in half and "
-    "dequantizes the weights at run time, so INT8 brings nothing there; use fp16, or "
-    "--allow-emulated to build it all the same",
+    "dequantizes the weights at run time, so INT8 brings nothing there; use fp16, --backend "
+    "tensorrt for INT8 built on the device, or --allow-emulated to build it here all the same",
 }
 _EMULATED = frozenset({("sm75", Precision.INT8)})
 """What a backend leaves out although it can be built."""
@@ -116,8 +114,8 @@ def require_half_scales(
 
 def target_names(text: str | None) -> tuple[str, ...]:
     """Canonical names of the entries of a target list that are in a known form; others dropped."""
-    matches = (_FORM.fullmatch(entry.strip()) for entry in (text or "").split(","))
-    return tuple(f"sm{int(match[1].replace('.', ''))}" for match in matches if match)
+    names = (read_capability(entry.strip()) for entry in (text or "").split(","))
+    return tuple(name for name in names if name)
 
 
 def _is_emulated(name: str, backend: Backend, precision: Precision) -> bool:
@@ -130,10 +128,10 @@ def _number(name: str) -> int:
 
 
 def _canonical(entry: str, supported: tuple[str, ...]) -> str:
-    match = _FORM.fullmatch(entry)
-    if match is None:
+    name = read_capability(entry)
+    if name is None:
         raise InputError(_unknown(entry, entry.lower(), supported))
-    return f"sm{int(match[1].replace('.', ''))}"
+    return name
 
 
 def _unknown(entry: str, name: str, supported: tuple[str, ...]) -> str:

@@ -28,6 +28,7 @@ from exporter.precision import to_half
 _OPSET, _IR_VERSION = 19, 9
 """The first with half scales."""
 
+_QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 _REAL = (TensorProto.FLOAT, TensorProto.FLOAT16)
 _SMALLEST_NORMAL = np.float32(2.0**-14)
 
@@ -77,18 +78,16 @@ def _drop_casts(model: onnx.ModelProto) -> None:
 
 def _raise_small_scales(model: onnx.ModelProto) -> None:
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
-    raised: dict[str, npt.NDArray[np.float32]] = {}
-    for node in model.graph.node:
-        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
-            continue
-        source, name = node.input[0], node.input[1]
-        if name not in raised:
-            before = numpy_helper.to_array(initializers[name])
-            raised[name] = _next_half(before)
-            initializers[name].CopyFrom(numpy_helper.from_array(raised[name], name))
-            factor = np.asarray(before / raised[name], dtype=np.float32)
-            if source in initializers and not np.all(factor == 1):
-                _round_again(initializers[source], factor, attributes(node).get("axis", 1))
+    quantizers = [n for n in model.graph.node if n.op_type in _QUANTIZERS]
+    before = {n.input[1]: numpy_helper.to_array(initializers[n.input[1]]) for n in quantizers}
+    raised = {name: _next_half(scales) for name, scales in before.items()}
+    for name, scales in raised.items():
+        initializers[name].CopyFrom(numpy_helper.from_array(scales, name))
+    weights = {n.input[0]: n for n in quantizers if n.input[0] in initializers}
+    for weight, node in weights.items():
+        factor = np.asarray(before[node.input[1]] / raised[node.input[1]], dtype=np.float32)
+        if not np.all(factor == 1):
+            _round_again(initializers[weight], factor, attributes(node).get("axis", 1))
 
 
 def _next_half(scales: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -123,7 +123,10 @@ def plan_bundle(
     size = recorded.get("dynamic_size")
     if "inputs" not in bundle.manifest or "contract" not in bundle.manifest:
         raise InputError(f"bundle {bundle.path} does not name its inputs: export it again")
-    options = options_for(bundle, dla=dla_core)
+    try:
+        options = options_for(bundle, dla=dla_core)
+    except ValueError as error:
+        raise InputError(str(error)) from error
     build = EngineBuild(
         precision=recorded["precision"],
         inputs=tuple(
@@ -133,7 +136,7 @@ def plan_bundle(
         batch=BatchProfile.parse(recorded["batch"]),
         size=SizeProfile.parse(size) if size else None,
         workspace_mib=recorded.get("workspace_mib"),
-        dla_core=dla_core,
+        dla_core=options.dla.core if options.dla else None,
         half_scales=bundle.has_half_scales,
         implicit=options.is_implicit,
     )
@@ -178,7 +181,7 @@ def _places(
     asked = resolve_targets(target)
     if build.dla_core is not None:
         check_dla(asked, build.dla_core, build.precision)
-    chosen, lack = _backend(backend, asked, find)
+    chosen, lack = _backend(backend, asked, find, options)
     precision = Precision(build.precision)
     decision = decide_engine(asked, chosen, precision, allow_emulated=options.allow_emulated)
     if chosen is not None and decision.build_here:
@@ -227,11 +230,11 @@ def _plan(
 
 
 def _backend(
-    name: str, asked: Sequence[Target], find: Callable[..., Backend]
+    name: str, asked: Sequence[Target], find: Callable[..., Backend], options: BuildOptions
 ) -> tuple[Backend | None, tuple[str, ...]]:
     """The backend, or what stands for it where its library is missing, and what to say of that."""
     try:
-        return choose_backend(name, asked, find), ()
+        return choose_backend(name, asked, find, options=options), ()
     except EnvironmentLackError as error:
         if name.strip().lower() == FULL:
             raise

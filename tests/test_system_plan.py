@@ -104,6 +104,7 @@ def test_a_plan_of_a_bundle_has_its_files_and_only_the_engine_left(command, bund
 def test_a_plan_of_a_bundle_refuses_what_was_decided_at_export(command, bundles):
     """Options of the export would be dropped in silence otherwise."""
     out, _ = bundles("fp16")
+    assert "DLA core must be 0 or more, not -1" in command("plan", str(out), "--dla", "-1").stderr
     for option in (("--batch", "4"), ("--classes", "5")):
         process = command("plan", str(out), *option)
         assert 2 == process.returncode
@@ -196,6 +197,9 @@ def test_an_int8_dla_engine_is_deferred_with_all_that_the_device_needs(command, 
     )  # fmt: skip
     tensors = {t for node in onnx.load(out / "model.onnx").graph.node for t in node.input}
     assert parse_cache_text((out / "calibration.cache").read_text()).keys() <= tensors
+    again = planned(command, str(out))
+    assert 0 == again["dla_core"]
+    assert "--useDLACore=0" in again["commands"][1]["line"]
     lines = json.loads((out / "engine.json").read_text())["commands"]
     assert (
         "trtexec --onnx=model.onnx --saveEngine=model.engine --int8 --fp16 "

@@ -30,6 +30,22 @@ class Typing(str, Enum):
         return self.value
 
 
+class Quantization(str, Enum):
+    """Where the scales of an INT8 engine come from.
+
+    ``EXPLICIT``: from the Q/DQ nodes of the graph. ``IMPLICIT``: from a calibration cache beside
+    the float graph, whose weights the builder rounds; removed in TensorRT 11. ``AUTO``: explicit,
+    but implicit for a DLA that takes nothing else.
+    """
+
+    AUTO = "auto"
+    EXPLICIT = "explicit"
+    IMPLICIT = "implicit"
+
+    def __str__(self) -> str:
+        return self.value
+
+
 class HardwareCompatibility(str, Enum):
     """On which GPUs beside the building one a plan of full TensorRT runs, at some cost in speed."""
 
@@ -61,13 +77,14 @@ class Dla:
 class BuildOptions:
     """The defaults leave everything to the builder.
 
-    ``calibration_cache`` makes an INT8 build implicit: from the float graph and the scales of this
-    file, as the DLA of JetPack 5 and 6 needs it. ``timing_cache`` is read if it exists and written
+    ``calibration_cache`` makes an INT8 build implicit, with the scales of this file in place of the
+    bundle's own. ``timing_cache`` is read if it exists and written
     after the build. ``version_compatible`` plans run with later TensorRT releases too.
     ``allow_emulated`` accepts targets that compute quantized convolutions in half.
     """
 
     typing: Typing = Typing.AUTO
+    quantization: Quantization = Quantization.AUTO
     calibration_cache: Path | None = None
     dla: Dla | None = None
     timing_cache: Path | None = None
@@ -80,12 +97,22 @@ class BuildOptions:
         level = self.optimization_level
         if level is not None and level not in OPTIMIZATION_LEVELS:
             raise ValueError(f"optimization level must be 0 to 5, not {level}")
+        explicit = self.quantization is Quantization.EXPLICIT
+        if explicit and self.calibration_cache is not None:
+            raise ValueError("a calibration cache belongs to implicit quantization, not explicit")
+
+    @property
+    def is_implicit(self) -> bool:
+        """Whether INT8 is to be implicit on a GPU too."""
+        asked = self.quantization is Quantization.IMPLICIT
+        return asked or self.calibration_cache is not None
 
     @property
     def full_tensorrt_only(self) -> tuple[str, ...]:
         """Those that are set and that TensorRT-RTX cannot obey, named as on the command line."""
         asked = {
             "typing weak": self.typing is Typing.WEAK,
+            "quantization implicit": self.quantization is Quantization.IMPLICIT,
             "calibration cache": self.calibration_cache is not None,
             "dla": self.dla is not None,
             "timing cache": self.timing_cache is not None,

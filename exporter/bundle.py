@@ -225,6 +225,11 @@ class Bundle:
         precision = self.manifest["spec"]["precision"]
         return self.path / (MODEL if precision == "fp32" else f"model.{precision}.onnx")
 
+    @property
+    def has_half_scales(self) -> bool:
+        """Whether the Q/DQ graph is half all through; false for other graphs and older bundles."""
+        return bool(self.manifest.get("half_scales", False))
+
     def _names(self, kind: str, default: str) -> list[str]:
         return [port["name"] for port in self.manifest.get(kind, [{"name": default}])]
 

@@ -140,7 +140,9 @@ def _add_build_options(parser: argparse.ArgumentParser) -> None:
     add("--dla", type=int, metavar="CORE", help="build for this DLA core (TensorRT on Jetson)")
     add("--no-gpu-fallback", dest="gpu_fallback", action="store_false",
         help="fail where the DLA does not take a layer")  # fmt: skip
-    add("--calibration-cache", metavar="FILE", help="implicit INT8 from TensorRT's own cache")
+    add("--quantization", default="auto", help="int8 scales from Q/DQ nodes or the bundle's "
+        "calibration cache: auto, explicit, implicit (TensorRT 8 and 10)")  # fmt: skip
+    add("--calibration-cache", metavar="FILE", help="implicit INT8 from another cache")
     add("--timing-cache", metavar="FILE", help="kernel timings to start from; written back")
     add(
         "--optimization-level",

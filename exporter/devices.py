@@ -43,6 +43,7 @@ __all__ = [
     "check_dla",
     "find_device",
     "precision_advice",
+    "read_capability",
     "resolve_targets",
     "target_text",
 ]
@@ -91,6 +92,12 @@ class Target:
             for version in versions
             if version >= known.oldest
         )
+
+
+def read_capability(text: str) -> str | None:
+    """``sm86`` for ``sm86``, ``86``, ``8.6`` or ``compute_86``; None for anything else."""
+    match = _CAPABILITY.fullmatch(text)
+    return f"sm{int(match[1].replace('.', ''))}" if match else None
 
 
 def find_device(name: str) -> Device:
@@ -167,9 +174,8 @@ def _devices_of(capability: str) -> tuple[Device, ...]:
 
 
 def _target(entry: str) -> Target:
-    match = _CAPABILITY.fullmatch(entry)
-    if match is not None:
-        capability = f"sm{int(match[1].replace('.', ''))}"
+    capability = read_capability(entry)
+    if capability is not None:
         if capability in UNSUPPORTED:
             raise InputError(f"target {entry} is not supported: {UNSUPPORTED[capability]}")
         return Target(asked=entry, capability=capability)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,32 +44,38 @@ def graph_metadata(spec: ExportSpec, inputs: Inputs) -> dict[str, str]:
     return {key: str(value) for key, value in found.items() if value is not None}
 
 
+def write_calibration(
+    writer: BundleWriter,
+    precision: Precision,
+    table: CalibrationTable | None,
+    pixel_inputs: Collection[str] = (),
+) -> Path | None:
+    """Write the scales as this project's JSON and, for INT8, as TensorRT's text, whose path it is.
+
+    Builders without Q/DQ read model.onnx: behind the prologue of the inputs ``pixel_inputs`` its
+    tensors have other names.
+    """
+    if table is None:
+        return None
+    writer.write_text(files.CALIBRATION, table.dumps())
+    if precision is not Precision.INT8:
+        return None
+    own = table.renamed({name: normalized(name) for name in pixel_inputs})
+    writer.write_text(files.CALIBRATION_CACHE, own.to_cache_text(TENSORRT_CACHE_VERSION))
+    return writer.path(files.CALIBRATION_CACHE)
+
+
 def write_evidence(
     writer: BundleWriter,
-    spec: ExportSpec,
     inputs: Inputs,
     judge: Judge,
     engine: EngineOutcome,
-    *,
-    table: CalibrationTable | None,
     prologue: Prologue | None,
 ) -> None:
     writer.write_text(files.ENGINE_SUMMARY, files.dumps(engine.to_json()))
     if engine.built is not None:
         writer.path(files.ENGINE).write_bytes(engine.built.plan)
         writer.write_text(files.BUILD_LOG, engine.built.build_log)
-    if table is not None:
-        writer.write_text(files.CALIBRATION, table.dumps())
-        if spec.precision is Precision.INT8:
-            # Builders without Q/DQ read model.onnx, behind whose prologue tensors have other names.
-            own = (
-                table
-                if prologue is None
-                else table.renamed(
-                    {port.name: normalized(port.name) for port in inputs.interface.inputs}
-                )
-            )
-            writer.write_text(files.CALIBRATION_CACHE, own.to_cache_text(TENSORRT_CACHE_VERSION))
     (sample, *_) = judge.samples(REFERENCE_IMAGES)
     ports = inputs.interface
     given = sample if prologue is None else prologue.pixels(sample)
@@ -87,6 +95,7 @@ def manifest(
     verdict: ContractVerdict,
     prologue: Prologue | None,
     recipe: str | None,
+    half_scales: bool,
     notes: tuple[str, ...],
 ) -> dict[str, Any]:
     source, interface = inputs.source, inputs.interface
@@ -118,6 +127,7 @@ def manifest(
             "worst_relative": worst.relative if worst else None,
         },
         "targets": list(engine.targets),
+        "half_scales": half_scales,
         "versions": versions(),
         "spec": spec.to_json(),
         "notes": list(notes),

@@ -8,7 +8,7 @@ network's; the first failed gate ends the run and nothing is published.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,15 +21,17 @@ from exporter import contract, report
 from exporter.annotation import Description, annotate, annotate_precision
 from exporter.bundle import Bundle, BundleWriter
 from exporter.contract import ContractVerdict
-from exporter.devices import resolve_targets
+from exporter.devices import Target, check_dla, resolve_targets
 from exporter.engine import (
     Backend,
     BuildRequest,
     BuiltEngine,
     check_engine,
+    dla_complaints,
     engine_not_run_reason,
 )
-from exporter.evidence import graph_metadata, manifest, write_evidence
+from exporter.errors import InputError
+from exporter.evidence import graph_metadata, manifest, write_calibration, write_evidence
 from exporter.fused_blocks import Fused, expected_blocks, fuse
 from exporter.graph import pointwise_convolutions, quantizable
 from exporter.inputs import Inputs, prepare
@@ -39,7 +41,13 @@ from exporter.network import torch_runner
 from exporter.onnx_export import export_network, export_onnx
 from exporter.onnx_runner import OnnxRunner
 from exporter.plan_commands import EngineBuild, GraphInput
-from exporter.plan_engine import EngineOutcome, choose_backend, decide_engine, defer
+from exporter.plan_engine import (
+    EngineDecision,
+    EngineOutcome,
+    choose_backend,
+    decide_engine,
+    defer,
+)
 from exporter.precision_stage import Precise, apply_precision
 from exporter.prologue import Prologue
 from exporter.prologue_stage import choose_prologue, precede
@@ -108,6 +116,7 @@ def run(
     decision = decide_engine(
         asked, backend, spec.precision, allow_emulated=spec.build.allow_emulated
     )
+    _require_possible(spec, asked, backend, decision)
     with BundleWriter(spec.out) as writer:
         with clock.stage("load"):
             inputs = inputs or prepare(spec)
@@ -116,15 +125,26 @@ def run(
             judge = Judge(spec, inputs.source, inputs.evaluation, inputs.interface, prologue)
             fused = _reparameterize(inputs, judge)
         model, verdict = _export(spec, inputs, fused.module, judge, clock)
-        precise = apply_precision(spec, inputs, model, judge, clock.stage)
+        precise = apply_precision(
+            spec, inputs, model, judge, clock.stage, half_scales=decision.emulated
+        )
         kept = {*spec.keep_float, *precise.kept_half, *precise.kept_float}
         precise = _described(spec, precise, kept)
-        precise = precede(precise, prologue, judge, clock.stage, precision=spec.precision)
+        precise = precede(
+            precise,
+            prologue,
+            judge,
+            clock.stage,
+            precision=spec.precision,
+            half_scales=decision.emulated,
+        )
         onnx.save(precise.model, writer.path(files.MODEL))
         graph_path = writer.path(files.MODEL)
         if spec.precision is not Precision.FP32:
             graph_path = writer.path(f"model.{spec.precision}.onnx")
             onnx.save(precise.graph, graph_path)
+        pixel_inputs = [port.name for port in inputs.interface.inputs] if prologue else []
+        cache = write_calibration(writer, spec.precision, precise.table, pixel_inputs)
         request = BuildRequest(
             onnx_path=graph_path,
             precision=spec.precision,
@@ -133,13 +153,15 @@ def run(
             size=spec.dynamic_size,
             workspace_mib=spec.workspace_mib,
             float_path=writer.path(files.MODEL),
+            cache_path=cache,
             options=spec.build,
         )
         built = None
         if backend is not None and decision.build_here:
             with clock.stage("engine") as advance:
                 built = _build(backend, request, model, advance, kept=kept)
-        deferred = defer(decision, _engine_build(spec, inputs, prologue))
+        told = _engine_build(spec, inputs, prologue, half_scales=decision.emulated)
+        deferred = defer(decision, told)
         engine = EngineOutcome(built=built, deferred=deferred)
         judge.skip(
             "engine", deferred.not_run_reason if deferred and not built else engine_not_run_reason()
@@ -147,9 +169,7 @@ def run(
         with clock.stage("publish"):
             notes = inputs.source.notes + inputs.notes + fused.notes + precise.notes + judge.notes
             notes += engine.notes
-            write_evidence(
-                writer, spec, inputs, judge, engine, table=precise.table, prologue=prologue
-            )
+            write_evidence(writer, inputs, judge, engine, prologue)
             document = manifest(
                 spec,
                 inputs,
@@ -158,6 +178,7 @@ def run(
                 verdict=verdict,
                 prologue=prologue,
                 recipe=precise.table.method if precise.table else None,
+                half_scales=decision.emulated,
                 notes=notes,
             )
             report.write(writer, document, judge.ledger, engine.to_json(), clock.seconds)
@@ -169,6 +190,19 @@ def run(
         notes=notes,
         seconds=clock.seconds,
     )
+
+
+def _require_possible(
+    spec: ExportSpec, asked: Sequence[Target], backend: Backend | None, decision: EngineDecision
+) -> None:
+    """Refuse now what the builder, here or on the device, would refuse after all the work."""
+    if spec.build.dla is not None and asked:
+        check_dla(asked, spec.build.dla.core, str(spec.precision))
+    if backend is not None and decision.build_here:
+        backend.require_options(spec.build)
+    complaints = dla_complaints(spec.build, spec.precision, spec.batch, spec.dynamic_size)
+    if complaints:
+        raise InputError("; ".join(complaints))
 
 
 def _reparameterize(inputs: Inputs, judge: Judge) -> Fused:
@@ -219,7 +253,9 @@ def _is_plain(spec: ExportSpec) -> bool:
     return spec.variant is not None and spec.variant.squeeze is Squeeze.NONE
 
 
-def _engine_build(spec: ExportSpec, inputs: Inputs, prologue: Prologue | None) -> EngineBuild:
+def _engine_build(
+    spec: ExportSpec, inputs: Inputs, prologue: Prologue | None, *, half_scales: bool
+) -> EngineBuild:
     """What whoever builds the engine elsewhere must be told."""
     layout = prologue.layout if prologue else None
     return EngineBuild(
@@ -231,6 +267,8 @@ def _engine_build(spec: ExportSpec, inputs: Inputs, prologue: Prologue | None) -
         size=spec.dynamic_size,
         workspace_mib=spec.workspace_mib,
         dla_core=spec.build.dla.core if spec.build.dla else None,
+        half_scales=half_scales,
+        implicit=spec.build.is_implicit,
     )
 
 

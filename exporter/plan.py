@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from exporter import bundle as files
+from exporter.build_options import BuildOptions
 from exporter.bundle import Bundle
+from exporter.device import options_for, require_intact
 from exporter.devices import FULL, RTX, Target, check_dla, resolve_targets
-from exporter.engine import Backend, get_backend
-from exporter.errors import EnvironmentLackError, GateFailedError, InputError
+from exporter.engine import Backend, get_backend, require_half_scales
+from exporter.errors import EnvironmentLackError, InputError
 from exporter.pixel_input import FLOAT, Layout
 from exporter.plan_advice import calibration_warnings, target_notes, target_warnings
 from exporter.plan_commands import BATCH, HEIGHT, WIDTH, EngineBuild, GraphInput, tensorrt_rtx
@@ -69,15 +72,18 @@ def make_plan(
         size=spec.dynamic_size,
         workspace_mib=spec.workspace_mib,
         dla_core=dla_core,
+        implicit=spec.build.is_implicit,
     )
     notes = []
     if num_classes is None and str(spec.weights).partition("@")[0] not in ("None", RANDOM, HUB):
         notes.append(f"sizes are those of {classes} classes; --classes says otherwise")
     if spec.max_drop is not None or spec.min_sqnr_db is not None or spec.keep_float:
         notes.append("layers that stay in half or float make graph and engine larger")
+    places = _places(build, spec.backend, spec.target, find, options=spec.build)
+    build = replace(build, half_scales=places.decision.emulated)
     count = count_weights(variant, classes)
     graphs = {files.MODEL: graph_bytes(count, "fp32")}
-    graphs[build.graph] = graph_bytes(count, build.precision)
+    graphs[build.graph] = graph_bytes(count, build.precision, half_scales=build.half_scales)
     image = 3 * size[0] * size[1] * (4 if spec.with_preprocess is None else 1)
     reference = REFERENCE_IMAGES * (image + 4 * classes)
     sizes: dict[str, int | None] = {**graphs, files.REFERENCE: reference}
@@ -91,13 +97,11 @@ def make_plan(
         str(spec.out),
         build,
         [PlannedFile(name=name, bytes=expected) for name, expected in sizes.items()],
-        backend=spec.backend,
-        target=spec.target,
+        places,
         convolutions=count.convolutions,
-        stages=lambda decision: export_stages(spec, decision),
+        stages=export_stages(spec, places.decision),
         warnings=calibration_warnings(spec),
         notes=notes,
-        find=find,
     )
 
 
@@ -118,15 +122,15 @@ def plan_bundle(
         InputError: as `make_plan` does; or the bundle is of a version that did not record enough.
         EnvironmentLackError: as `make_plan` does.
     """
-    damaged = bundle.damaged_files()
-    if damaged:
-        raise GateFailedError(
-            f"bundle {bundle.path}: {', '.join(damaged)} missing or not what the manifest says"
-        )
+    require_intact(bundle)
     recorded = bundle.manifest["spec"]
     size = recorded.get("dynamic_size")
     if "inputs" not in bundle.manifest or "contract" not in bundle.manifest:
         raise InputError(f"bundle {bundle.path} does not name its inputs: export it again")
+    try:
+        options = options_for(bundle, dla=dla_core)
+    except ValueError as error:
+        raise InputError(str(error)) from error
     build = EngineBuild(
         precision=recorded["precision"],
         inputs=tuple(
@@ -138,8 +142,14 @@ def plan_bundle(
         batch=BatchProfile.parse(recorded["batch"]),
         size=SizeProfile.parse(size) if size else None,
         workspace_mib=recorded.get("workspace_mib"),
-        dla_core=dla_core,
+        dla_core=options.dla.core if options.dla else None,
+        half_scales=bundle.has_half_scales,
+        implicit=options.is_implicit,
     )
+    places = _places(build, backend, target or recorded.get("target"), find, options=options)
+    if places.backend is not None and not build.half_scales:
+        here, precision = places.decision.build_here, Precision(build.precision)
+        require_half_scales(here, places.backend, precision, bundle=str(bundle.path))
     return _plan(
         recorded["name"],
         str(bundle.path),
@@ -148,14 +158,41 @@ def plan_bundle(
             PlannedFile(name=name, bytes=entry["bytes"], exists=True)
             for name, entry in bundle.manifest["files"].items()
         ],
-        backend=backend,
-        target=target or recorded.get("target"),
+        places,
         convolutions=bundle.manifest["contract"]["convolutions"],
-        stages=bundle_stages,
+        stages=bundle_stages(places.decision),
         warnings=(),
         notes=(),
-        find=find,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Places:
+    """Where the engines are built and by whom; ``lack`` is what to say of a missing library."""
+
+    asked: tuple[Target, ...]
+    backend: Backend | None
+    lack: tuple[str, ...]
+    decision: EngineDecision
+
+
+def _places(
+    build: EngineBuild,
+    backend: str,
+    target: str | None,
+    find: Callable[..., Backend],
+    *,
+    options: BuildOptions,
+) -> _Places:
+    asked = resolve_targets(target)
+    if build.dla_core is not None:
+        check_dla(asked, build.dla_core, build.precision)
+    chosen, lack = _backend(backend, asked, find, options)
+    precision = Precision(build.precision)
+    decision = decide_engine(asked, chosen, precision, allow_emulated=options.allow_emulated)
+    if chosen is not None and decision.build_here:
+        chosen.require_options(options)
+    return _Places(asked=asked, backend=chosen, lack=lack, decision=decision)
 
 
 def _plan(
@@ -163,24 +200,18 @@ def _plan(
     out: str,
     build: EngineBuild,
     present: Sequence[PlannedFile],
+    places: _Places,
     *,
-    backend: str,
-    target: str | None,
     convolutions: int,
-    stages: Callable[[EngineDecision], tuple[PlannedStage, ...]],
+    stages: tuple[PlannedStage, ...],
     warnings: Sequence[str],
     notes: Sequence[str],
-    find: Callable[..., Backend],
 ) -> Plan:
-    asked = resolve_targets(target)
-    if build.dla_core is not None:
-        check_dla(asked, build.dla_core, build.precision)
-    chosen, lack = _backend(backend, asked, find)
-    decision = decide_engine(asked, chosen, Precision(build.precision))
-    targets = _targets(asked, decision, chosen)
+    decision = places.decision
+    targets = _targets(places)
     deferred = defer(decision, build)
     (graph,) = (file.bytes or 0 for file in present if file.name == build.graph)
-    size = engine_bytes(graph, build.precision, convolutions)
+    size = engine_bytes(graph, build.precision, convolutions, half_scales=build.half_scales)
     made = [PlannedFile(name=files.ENGINE_SUMMARY)]
     if decision.build_here:
         made = [
@@ -193,37 +224,36 @@ def _plan(
         title=title,
         out=out,
         build=build,
-        stages=stages(decision),
+        stages=stages,
         files=(*present, *(file for file in made if file.name not in there)),
         targets=targets,
         engine_bytes=size,
         commands=(*_own_command(deferred, out), *_commands(targets, decision, build)),
         deferred=deferred,
-        warnings=(*lack, *warnings, *target_warnings(targets, build)),
+        warnings=(*places.lack, *warnings, *target_warnings(targets, build)),
         notes=(*notes, *target_notes(targets)),
     )
 
 
 def _backend(
-    name: str, asked: Sequence[Target], find: Callable[..., Backend]
+    name: str, asked: Sequence[Target], find: Callable[..., Backend], options: BuildOptions
 ) -> tuple[Backend | None, tuple[str, ...]]:
     """The backend, or what stands for it where its library is missing, and what to say of that."""
     try:
-        return choose_backend(name, asked, find), ()
+        return choose_backend(name, asked, find, options=options), ()
     except EnvironmentLackError as error:
         if name.strip().lower() == FULL:
             raise
         return MissingBackend(), (f"`engine` would stop here with exit code 3: {error}",)
 
 
-def _targets(
-    asked: Sequence[Target], decision: EngineDecision, backend: Backend | None
-) -> tuple[PlannedTarget, ...]:
-    named = list(asked) or [Target(asked=c, capability=c) for c in decision.build_here]
+def _targets(places: _Places) -> tuple[PlannedTarget, ...]:
+    decision = places.decision
+    named = list(places.asked) or [Target(asked=c, capability=c) for c in decision.build_here]
     rows = []
     for target in named:
         here = target not in decision.deferred
-        builder = backend.name if here and backend else FULL
+        builder = places.backend.name if here and places.backend else FULL
         rows.append(PlannedTarget(target=target, backend=builder, here=here))
     return tuple(rows)
 

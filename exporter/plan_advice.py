@@ -8,6 +8,7 @@ from exporter.devices import ARCHITECTURES, precision_advice
 from exporter.pixel_input import DTYPE
 from exporter.plan_commands import EngineBuild, trtexec
 from exporter.plan_content import PlannedTarget
+from exporter.plan_engine import BUILD_COMMAND
 from exporter.spec import RANDOM, ExportSpec
 
 CACHE_VERSION = (10, 3)
@@ -25,6 +26,8 @@ def calibration_warnings(spec: ExportSpec) -> tuple[str, ...]:
 def target_warnings(targets: Sequence[PlannedTarget], build: EngineBuild) -> tuple[str, ...]:
     """Each once, in the order of the targets."""
     found = [] if build.dla_core is None else list(_dla_warnings(build))
+    if build.precision == "int8" and (build.implicit or build.dla_core is not None):
+        found.append(_cache_warning())
     for row in targets:
         found += _precision_warnings(row, build.precision)
         if not row.here:
@@ -47,24 +50,28 @@ def _precision_warnings(row: PlannedTarget, precision: str) -> Iterator[str]:
 
 
 def _software_warnings(row: PlannedTarget, build: EngineBuild) -> Iterator[str]:
+    kind = f"{'implicit ' if build.implicit else ''}{build.precision}"
     on_dla = "" if build.dla_core is None else " for a DLA"
     for release in row.target.software:
         if trtexec(build, release.tensorrt) is None:
-            yield f"{row.target.label}: {release} does not build {build.precision}{on_dla}"
+            yield f"{row.target.label}: {release} does not build {kind}{on_dla}"
 
 
 def _dla_warnings(build: EngineBuild) -> Iterator[str]:
     if build.batch.min != build.batch.max or build.size is not None:
-        size = "" if build.size is None else " and the optimal size"
+        batch, free = build.batch.opt, build.size is not None
         yield (
-            f"a DLA has no dynamic shapes: the commands take batch {build.batch.opt}{size}; "
-            f"pass --batch {build.batch.opt} for a bundle that says so"
+            f"a DLA has no dynamic shapes: the commands take batch {batch}"
+            f"{' and the optimal size' * free}; `engine` wants --batch {batch}"
+            f"{' and no --dynamic-size' * free}"
         )
     if any(entry.dtype == DTYPE for entry in build.inputs):
         yield "a DLA takes no uint8 and no float32: the GPU normalizes the pixels"
-    if build.precision == "int8":
-        version = ".".join(map(str, CACHE_VERSION))
-        yield (
-            f"calibration.cache is written for TensorRT {version}; others may want their own "
-            "version in its first line"
-        )
+
+
+def _cache_warning() -> str:
+    version = ".".join(map(str, CACHE_VERSION))
+    return (
+        f"calibration.cache is written for TensorRT {version}; trtexec of another wants its own "
+        f"version in the first line ({BUILD_COMMAND} writes it by itself)"
+    )

@@ -10,6 +10,8 @@ TensorRT       graph                    flags
 11.x           of the precision         none: every network is strongly typed, precision flags gone
 =============  =======================  ============================================================
 
+Implicit INT8, up to 10.x, is ``--int8`` with the calibration cache and the float graph.
+
 On a DLA, TensorRT up to 10.7 takes INT8 from a calibration cache and the float graph; 10.8 to 11.3
 have no DLA; from 11.4 on it takes the strongly typed graph. A DLA has no dynamic shapes.
 
@@ -57,7 +59,11 @@ class GraphInput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineBuild:
-    """What every tool must be told. ``dla_core`` is None for the GPU."""
+    """What every tool must be told. ``dla_core`` is None for the GPU.
+
+    With ``half_scales`` the Q/DQ graph is half all through, which takes opset 19; ``implicit`` INT8
+    has its scales from the calibration cache.
+    """
 
     precision: str
     inputs: tuple[GraphInput, ...]
@@ -65,6 +71,8 @@ class EngineBuild:
     size: SizeProfile | None = None
     workspace_mib: int | None = None
     dla_core: int | None = None
+    half_scales: bool = False
+    implicit: bool = False
 
     @property
     def graph(self) -> str:
@@ -76,6 +84,8 @@ def trtexec(build: EngineBuild, version: Version) -> str | None:
     """The line for full TensorRT ``version``; None if that cannot build it."""
     if build.dla_core is not None:
         chosen = _dla(build, version)
+    elif build.implicit:
+        chosen = _implicit(version)
     elif version >= (11, 0):
         chosen = build.graph, []
     elif version >= (10, 0):
@@ -98,12 +108,18 @@ def tensorrt_rtx(build: EngineBuild, capabilities: Sequence[str]) -> str:
 
 
 def _weakly_typed(build: EngineBuild) -> tuple[str, list[str]] | None:
+    if build.half_scales:
+        return None
     known = {
         "fp32": (MODEL, []),
         "fp16": (MODEL, ["--fp16"]),
         "int8": (build.graph, ["--int8"]),
     }
     return known.get(build.precision)
+
+
+def _implicit(version: Version) -> tuple[str, list[str]] | None:
+    return (MODEL, ["--int8", f"--calib={CACHE}"]) if version < (11, 0) else None
 
 
 def _dla(build: EngineBuild, version: Version) -> tuple[str, list[str]] | None:

@@ -26,9 +26,12 @@ from exporter.engine import (
     BuildRequest,
     BuiltEngine,
     ProgressCallback,
+    emulated_targets,
     get_backend,
     parse_targets,
     precision_lack,
+    require_one_form,
+    tensorrt_rtx,
 )
 from exporter.errors import EnvironmentLackError, InputError
 from exporter.plan_commands import EngineBuild, trtexec
@@ -45,11 +48,13 @@ class EngineDecision:
     """``build_here`` are compute capabilities as `Backend.build` takes them.
 
     ``reason`` is one clause that says why ``deferred`` is not empty, and empty if it is.
+    ``emulated``: the precision is computed in half, from a graph that is half all through.
     """
 
     build_here: tuple[str, ...]
     deferred: tuple[Target, ...] = ()
     reason: str = ""
+    emulated: bool = False
 
     @property
     def deferred_capabilities(self) -> tuple[str, ...]:
@@ -153,6 +158,10 @@ class MissingBackend:
             and item.number >= OLDEST_WITH.get(str(precision), 0)
         )
 
+    def require_options(self, options: BuildOptions) -> None:
+        """As TensorRT-RTX does it."""
+        tensorrt_rtx.require_options(options)
+
     def build(self, request: BuildRequest, progress: ProgressCallback) -> BuiltEngine:
         """Raises EnvironmentLackError."""
         del request, progress
@@ -214,13 +223,19 @@ def decide_engine(
         build_here = parse_targets(
             target_text(here), backend, precision, allow_emulated=allow_emulated
         )
+    emulated = bool(emulated_targets(build_here, backend, precision))
+    if emulated:
+        waiting = (target.capability for target in deferred)
+        require_one_form((*build_here, *waiting), backend, precision)
     reason = ""
     if deferred:
         reason = (
             f"{_need(deferred)} full TensorRT, run on the device itself; "
             f"{backend.name} builds for {', '.join(backend.supported_targets(precision))}"
         )
-    return EngineDecision(build_here=build_here, deferred=deferred, reason=reason)
+    return EngineDecision(
+        build_here=build_here, deferred=deferred, reason=reason, emulated=emulated
+    )
 
 
 def _require_able(targets: Sequence[Target], precision: Precision) -> None:

@@ -6,11 +6,12 @@ gates, classifier). The graphs hold
     float32   4 (k + r)                                                                          (1)
     half      2 (k + r)                                                                          (2)
     int8      k + 5 c + 4 r          a float32 scale and an int8 zero point a channel            (3)
+    in half   k + 3 c + 2 r          the same with half scales                                   (4)
 
 and about 300 bytes a node. An engine holds the weights of its graph and the code of its kernels.
 Measured on TensorRT-RTX 1.7 (A0, one to six targets): 0.5 MB of code at fp32 and fp16; 0.9 to 3.2
-MB at int8, where each convolution has a kernel of its own after it. Engines of full TensorRT are
-not measured.
+MB at int8, where each convolution has a kernel of its own after it, and 4.3 MB where INT8 is
+computed in half (sm75), with two. Engines of full TensorRT are not measured.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from models.variants import Variant
 _NODE_BYTES = 300
 _CODE_BYTES = 500_000
 _INT8_CODE_BYTES = 70_000
+_EMULATED_CODE_BYTES = 170_000
 ONE_BYTE = ("int8", "fp8")
 TWO_BYTES = ("fp16", "bf16")
 """Precisions by the size of a weight; those of one byte need scales."""
@@ -54,16 +56,20 @@ def count_weights(variant: Variant, num_classes: int) -> WeightCount:
     )
 
 
-def graph_bytes(count: WeightCount, precision: str) -> int:
-    """Size of the ONNX whose convolutions are in ``precision``, by (1) to (3)."""
+def graph_bytes(count: WeightCount, precision: str, *, half_scales: bool = False) -> int:
+    """Size of the ONNX whose convolutions are in ``precision``, by (1) to (4)."""
     if precision in ONE_BYTE:
-        weights = count.kernels + 5 * count.channels + 4 * count.others
+        width = 2 if half_scales else 4
+        weights = count.kernels + (width + 1) * count.channels + width * count.others
         return weights + _NODE_BYTES * 5 * count.convolutions
     width = 2 if precision in TWO_BYTES else 4
     return width * count.parameters + _NODE_BYTES * count.convolutions
 
 
-def engine_bytes(graph: int, precision: str, convolutions: int) -> int:
+def engine_bytes(
+    graph: int, precision: str, convolutions: int, *, half_scales: bool = False
+) -> int:
     """Size of an engine built from a graph of ``graph`` bytes: an estimate, see above."""
-    code = _INT8_CODE_BYTES * convolutions if precision in ONE_BYTE else 0
+    each = _EMULATED_CODE_BYTES if half_scales else _INT8_CODE_BYTES
+    code = each * convolutions if precision in ONE_BYTE else 0
     return graph + _CODE_BYTES + code

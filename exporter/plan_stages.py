@@ -16,6 +16,7 @@ def export_stages(spec: ExportSpec, decision: EngineDecision) -> tuple[PlannedSt
         "export": "write the deploy form as ONNX and compare it with the original",
         "simplify": "fold constants, compare again, check that the graph is plain",
         **_precision(spec),
+        **_emulation(decision),
         **_prologue(spec),
         "engine": _engine(decision),
         "publish": f"write evidence and hashes and move the bundle to {spec.out}",
@@ -62,6 +63,12 @@ def _prologue(spec: ExportSpec) -> dict[str, str]:
         return {}
     what = f"put the normalization of uint8 {spec.with_preprocess} pixels in front; compare again"
     return {"prologue": what}
+
+
+def _emulation(decision: EngineDecision) -> dict[str, str]:
+    if not decision.emulated:
+        return {}
+    return {"half": "write the Q/DQ graph in half, scales included, and compare it again"}
 
 
 def _engine(decision: EngineDecision) -> str:

@@ -13,6 +13,7 @@ from exporter import parity
 from exporter.calibrator import observe_images
 from exporter.errors import InputError
 from exporter.fp8 import Fp8Options, quantize_fp8
+from exporter.half_scales import to_half_scales
 from exporter.inputs import Inputs
 from exporter.int8 import Int8Request, choose
 from exporter.judge import Judge
@@ -57,9 +58,17 @@ class Precise:
 
 
 def apply_precision(
-    spec: ExportSpec, inputs: Inputs, model: onnx.ModelProto, judge: Judge, stage: Stage
+    spec: ExportSpec,
+    inputs: Inputs,
+    model: onnx.ModelProto,
+    judge: Judge,
+    stage: Stage,
+    *,
+    half_scales: bool = False,
 ) -> Precise:
     """The graph to build from at ``spec.precision``; its row is in ``judge``'s ledger.
+
+    With ``half_scales`` an int8 graph is half all through, for targets that compute it so.
 
     Raises:
         GateFailedError: if it is not close enough to the original.
@@ -72,9 +81,22 @@ def apply_precision(
         return _narrow(spec, inputs, model, judge, stage, kind=kind)
     if spec.precision is Precision.FP8:
         return _fp8(spec, inputs, model, judge, stage)
-    if inputs.source.trained is not None:
-        return _quantize_trained(spec, inputs, model, judge, stage)
-    return _quantize(spec, inputs, model, judge, stage)
+    quantize = _quantize if inputs.source.trained is None else _quantize_trained
+    precise = quantize(spec, inputs, model, judge, stage)
+    return _half_all_through(spec, inputs, precise, judge, stage) if half_scales else precise
+
+
+def _half_all_through(
+    spec: ExportSpec, inputs: Inputs, precise: Precise, judge: Judge, stage: Stage
+) -> Precise:
+    """For targets that compute INT8 in half: the Q/DQ graph with half scales, judged anew."""
+    with stage("half"):
+        require_half_range(largest_magnitudes(precise.model, judge.batches()))
+        graph = to_half_scales(precise.graph)
+        way = runnable(graph, str(spec.precision), half_scales=True)
+        run = OnnxRunner(way.model, optimize=way.optimize).run
+        judge.recheck("int8", run, _precision_gate(spec, inputs.source))
+    return replace(precise, graph=graph)
 
 
 def _narrow(

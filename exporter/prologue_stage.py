@@ -82,6 +82,7 @@ def precede(
     stage: Stage,
     *,
     precision: Precision,
+    half_scales: bool = False,
 ) -> Precise:
     """``precise`` with the prologue before both graphs, whose rows are measured anew on pixels.
 
@@ -98,7 +99,7 @@ def precede(
         if precision is Precision.FP32:
             return replace(precise, model=model, graph=model)
         graph = _preceded(precise.graph, prologue)
-        ready = runnable(graph, str(precision))
+        ready = runnable(graph, str(precision), half_scales=half_scales)
         runner = OnnxRunner(ready.model, optimize=ready.optimize)
         _recheck(judge, str(precision), _fed(runner, prologue))
     return replace(precise, model=model, graph=graph)

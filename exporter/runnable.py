@@ -2,7 +2,8 @@
 
 =========  ======================================================================================
 fp32       as it is
-int8       as it is, in integer kernels where the CPU has them
+int8       as it is, in integer kernels where the CPU has them; with half scales, where its
+           optimizations can be wrong, without them
 fp16       optimizations off: see :class:`exporter.onnx_runner.OnnxRunner`
 fp8        as it is, optimizations off: it rounds and scales, and multiplies in float32
 bf16       it has no bfloat16 convolution: the float32 graph of :mod:`exporter.emulation`
@@ -38,8 +39,12 @@ class Runnable:
     notes: tuple[str, ...] = ()
 
 
-def runnable(graph: Path | onnx.ModelProto, precision: str) -> Runnable:
+def runnable(
+    graph: Path | onnx.ModelProto, precision: str, *, half_scales: bool = False
+) -> Runnable:
     """What computes the ``graph`` of this precision, a file or in memory.
+
+    ``half_scales`` says that its quantizers have such.
 
     Raises:
         EnvironmentLackError: if it must be emulated, and the onnx package is not installed.
@@ -58,7 +63,9 @@ def runnable(graph: Path | onnx.ModelProto, precision: str) -> Runnable:
                 "needs the onnx package: pip install onnx, or run the engine on a GPU"
             ) from error
         model = emulated(onnx.load(graph) if isinstance(graph, Path) else graph)
-    return Runnable(model=model, optimize=precision in _RIGHT_WHEN_OPTIMIZED, notes=notes)
+    return Runnable(
+        model=model, optimize=precision in _RIGHT_WHEN_OPTIMIZED and not half_scales, notes=notes
+    )
 
 
 def require_timeable(precision: str) -> None:

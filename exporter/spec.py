@@ -19,6 +19,7 @@ from exporter.build_options import (
     BuildOptions,
     Dla,
     HardwareCompatibility,
+    Quantization,
     Typing,
 )
 from exporter.errors import InputError
@@ -175,6 +176,7 @@ class ExportRequest:
     power_of_two: bool = False
     calibration_table: str | None = None
     typing: str = "auto"
+    quantization: str = "auto"
     dla: int | None = None
     gpu_fallback: bool = True
     calibration_cache: str | None = None
@@ -268,6 +270,7 @@ def _build_options(request: ExportRequest) -> BuildOptions:
     wanted = request.hardware_compatibility
     return BuildOptions(
         typing=choice(Typing, "typing", request.typing),
+        quantization=choice(Quantization, "quantization", request.quantization),
         dla=dla,
         calibration_cache=Path(request.calibration_cache) if request.calibration_cache else None,
         timing_cache=Path(request.timing_cache) if request.timing_cache else None,
@@ -340,10 +343,17 @@ def _dynamic_size_complaints(profile: SizeProfile, image_size: tuple[int, int] |
 
 def _int8_complaints(request: ExportRequest, precision: Precision) -> list[str]:
     """What only INT8 can obey must not be dropped in silence."""
-    names: tuple[str, ...] = ("recipe", "power_of_two", "calibration_table")
+    names: tuple[str, ...] = (
+        "recipe", "power_of_two", "calibration_table", "quantization", "calibration_cache",
+    )  # fmt: skip
     if precision is not Precision.FP8:
         names += ("keep_float", "per_tensor_weights")
-    given = [f"--{name.replace('_', '-')}" for name in names if getattr(request, name)]
+    known = ExportRequest.__dataclass_fields__
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in names
+        if getattr(request, name) not in (known[name].default, "")
+    ]
     if not given:
         return []
     return [f"{', '.join(given)} belong{'s' * (len(given) == 1)} to int8, not to {precision}"]

@@ -34,6 +34,7 @@ from exporter.engine import (
     ConvolutionCounts,
     Dla,
     EngineSummary,
+    Quantization,
     TargetFigures,
     Typing,
     driver,
@@ -474,6 +475,8 @@ def test_the_exports_build_options_hold_on_the_device(tmp_path: Path, backend: F
     found = options_for(bundle)
     assert found == BuildOptions(
         typing=Typing.STRONG,
+        # The exporting machine's cache is left out, that it was to be implicit is not.
+        quantization=Quantization.IMPLICIT,
         dla=Dla(core=1, gpu_fallback=False),
         optimization_level=2,
         version_compatible=True,
@@ -481,12 +484,31 @@ def test_the_exports_build_options_hold_on_the_device(tmp_path: Path, backend: F
     (bundle.path / files.CALIBRATION_CACHE).write_text("TRT-1-EntropyCalibration2\n")
     given = options_for(bundle, dla=0, optimization_level=5, timing_cache=tmp_path / "t")
     assert (0, 5, tmp_path / "t") == (given.dla.core, given.optimization_level, given.timing_cache)
-    assert bundle.path / files.CALIBRATION_CACHE == given.calibration_cache
     (bundle.path / files.CALIBRATION_CACHE).unlink()
     build_engine(bundle, target="sm86")
     assert found == backend.requests[0].options
+    assert backend.requests[0].cache_path is None
     with pytest.raises(ValueError, match="optimization level must be 0 to 5, not 9"):
         options_for(bundle, optimization_level=9)
+
+
+@pytest.mark.parametrize("recorded", [{}, {"dla": 0}, {"quantization": "implicit", "dla": 0}])
+def test_implicit_int8_on_the_device_has_the_bundles_own_scales(
+    tmp_path: Path, backend: FakeBackend, recorded: dict[str, Any]
+):
+    """The cache travels with every build; what the export recorded says whether it must be used."""
+    bundle = publish(tmp_path / "b")
+    cache = bundle.path / files.CALIBRATION_CACHE
+    cache.write_text("TRT-1-EntropyCalibration2\n")
+    bundle.manifest["files"][cache.name] = {"sha256": files.file_sha256(cache), "bytes": 26}
+    bundle.manifest["spec"]["build"] = recorded
+
+    build_engine(bundle, target="sm86")
+
+    (request,) = backend.requests
+    assert cache == request.cache_path
+    assert recorded.get("quantization", "auto") == request.options.quantization.value
+    assert recorded.get("dla") == (request.options.dla.core if request.options.dla else None)
 
 
 def test_an_engine_that_is_not_what_the_graph_asks_for_is_not_published(

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from exporter.engine import BuildOptions, BuildRequest, Dla, Typing
+from exporter.engine import (
+    BuildOptions,
+    BuildRequest,
+    Dla,
+    EngineTyping,
+    Quantization,
+    Typing,
+)
 from exporter.engine.approach import Approach, choose_approach
 from exporter.engine.builder_config import write_timing_cache
 from exporter.engine.capabilities import Capability
@@ -27,6 +34,9 @@ REQUEST = BuildRequest(
     targets=("sm87",),
     batch=BatchProfile(1, 1, 1),
 )
+OWN = replace(REQUEST, cache_path=Path("own.cache"))
+"""With the calibration cache of the bundle."""
+
 IMPLICIT = replace(REQUEST, options=BuildOptions(calibration_cache=CACHE))
 
 
@@ -84,6 +94,41 @@ def test_a_dla_gets_half_beside_implicit_int8():
 
 
 @pytest.mark.parametrize(
+    ("options", "capabilities", "cache"),
+    [
+        (BuildOptions(), BOTH, None),
+        (BuildOptions(), STRONG, None),
+        (BuildOptions(quantization=Quantization.IMPLICIT), BOTH, Path("own.cache")),
+        (BuildOptions(quantization=Quantization.IMPLICIT), WEAK, Path("own.cache")),
+        (BuildOptions(calibration_cache=CACHE), BOTH, CACHE),
+        (BuildOptions(quantization=Quantization.IMPLICIT, calibration_cache=CACHE), BOTH, CACHE),
+        (BuildOptions(dla=Dla()), BOTH, Path("own.cache")),
+        (BuildOptions(dla=Dla()), WEAK, Path("own.cache")),
+        (BuildOptions(dla=Dla(), calibration_cache=CACHE), BOTH, CACHE),
+        # From TensorRT 11.4.1 on a DLA takes Q/DQ nodes.
+        (BuildOptions(dla=Dla()), STRONG, None),
+    ],
+)
+def test_the_bundles_own_cache_is_used_where_it_is_asked_for_or_a_dla_needs_it(
+    options: BuildOptions, capabilities: frozenset[Capability], cache: Path | None
+):
+    """A file that was named comes before it; without either the Q/DQ graph is read."""
+    way = choose_approach(replace(OWN, options=options), capabilities, "lib 10")
+
+    assert cache == way.calibration_cache
+    assert Path("typed.onnx" if cache is None else "float.onnx") == way.graph
+    expected = EngineTyping.STRONG if cache is None else EngineTyping.IMPLICIT
+    assert expected == way.typing
+
+
+def test_a_weakly_typed_engine_says_so():
+    """Who chose the data types decides what to do about a wrong one."""
+    way = choose_approach(replace(REQUEST, precision=Precision.FP16), WEAK, "lib 8")
+
+    assert EngineTyping.WEAK == way.typing
+
+
+@pytest.mark.parametrize(
     ("request_", "capabilities", "words"),
     [
         (
@@ -111,7 +156,18 @@ def test_a_dla_gets_half_beside_implicit_int8():
             replace(REQUEST, options=BuildOptions(dla=Dla())),
             BOTH,
             "the DLA of lib 10 takes INT8 from a calibration cache and not from Q/DQ nodes: pass "
-            "the bundle's calibration.cache",
+            "one, or leave quantization at auto where the bundle has its own",
+        ),
+        (
+            replace(OWN, options=BuildOptions(dla=Dla(), quantization=Quantization.EXPLICIT)),
+            BOTH,
+            "the DLA of lib 10 takes INT8 from a calibration cache and not from Q/DQ nodes: pass "
+            "one, or leave quantization at auto where the bundle has its own",
+        ),
+        (
+            replace(REQUEST, options=BuildOptions(quantization=Quantization.IMPLICIT)),
+            BOTH,
+            "implicit INT8 needs a calibration cache, and none is given",
         ),
         (
             replace(REQUEST, precision=Precision.BF16),

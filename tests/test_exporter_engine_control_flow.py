@@ -14,7 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from exporter.engine import BuildOptions, BuildRequest, Dla, HardwareCompatibility, Typing
+from exporter.engine import (
+    BuildOptions,
+    BuildRequest,
+    Dla,
+    HardwareCompatibility,
+    Quantization,
+    Typing,
+)
 from exporter.engine.callbacks import make_logger
 from exporter.engine.capabilities import Api, Capability, needs, probe
 from exporter.engine.refusal import BadInputError, RefusedError
@@ -134,6 +141,36 @@ def test_implicit_int8_reads_the_float_graph_and_a_calibrator(request_, release:
         "implicit INT8: scales come from the calibration cache, weights are rounded by the "
         "builder, which itself chooses among fp32 and int8",
     )
+
+
+@pytest.mark.parametrize("release", [OLD, MIDDLE])
+@pytest.mark.parametrize(
+    ("options", "flags"),
+    [
+        (BuildOptions(quantization=Quantization.IMPLICIT), ["INT8"]),
+        (BuildOptions(dla=Dla()), ["FP16", "INT8", "GPU_FALLBACK"]),
+    ],
+)
+def test_the_bundles_own_cache_needs_no_file_to_be_named(request_, release, options, flags):
+    """Asked for by name, or by a DLA: the cache beside the graphs goes to the calibrator."""
+    cache = request_.onnx_path.with_name("calibration.cache")
+    request = replace(implicit(request_), options=options, cache_path=cache)
+
+    calls, _ = record(release, request)
+
+    assert ("float.onnx", flags) == graph_and_flags(calls)[1:]
+    assert "int8_calibrator = CacheOnly" in calls
+
+
+@pytest.mark.parametrize("release", [LATE, NEW, RTX])
+def test_the_bundles_own_cache_changes_nothing_where_it_is_not_asked_for(request_, release):
+    """Q/DQ nodes bind; the cache is there for those who need it."""
+    cache = request_.onnx_path.with_name("calibration.cache")
+    request = replace(implicit(request_), options=BuildOptions(), cache_path=cache)
+
+    calls, _ = record(release, request)
+
+    assert ("typed.onnx", []) == graph_and_flags(calls)[1:]
 
 
 @pytest.mark.parametrize("release", [NEW, RTX])

@@ -15,6 +15,7 @@ from exporter.engine import (
     BuildRequest,
     Dla,
     HardwareCompatibility,
+    Quantization,
     TensorRtRtx,
     Typing,
     dla_lack,
@@ -38,6 +39,7 @@ def only_rtx(monkeypatch: pytest.MonkeyPatch):
 
 ALL = BuildOptions(
     typing=Typing.WEAK,
+    quantization=Quantization.IMPLICIT,
     calibration_cache=Path("/c/calibration.cache"),
     dla=Dla(core=1, gpu_fallback=False),
     timing_cache=Path("/c/timing.cache"),
@@ -49,6 +51,7 @@ ALL = BuildOptions(
 REQUEST = BuildRequest(
     onnx_path=Path("/m/typed.onnx"),
     float_path=Path("/m/float.onnx"),
+    cache_path=Path("/m/calibration.cache"),
     precision=Precision.INT8,
     targets=("sm87",),
     batch=BatchProfile(1, 1, 1),
@@ -70,6 +73,12 @@ def test_every_option_travels_to_the_worker(request_: BuildRequest):
         (lambda: BuildOptions(optimization_level=6), "optimization level must be 0 to 5, not 6"),
         (lambda: BuildOptions(optimization_level=-1), "optimization level must be 0 to 5, not -1"),
         (lambda: Dla(core=-1), "DLA core must be 0 or more, not -1"),
+        (
+            lambda: BuildOptions(
+                quantization=Quantization.EXPLICIT, calibration_cache=Path("/c/cache")
+            ),
+            "a calibration cache belongs to implicit quantization, not explicit",
+        ),
     ],
 )
 def test_options_that_make_no_sense_cannot_be_made(make, words: str):
@@ -87,10 +96,11 @@ def test_tensorrt_rtx_refuses_what_it_would_ignore():
 
     assert str(caught.value) == (
         "TensorRT-RTX cannot do this (typing weak: it builds strongly typed networks only; "
-        "calibration cache: it takes INT8 from Q/DQ nodes only; dla: it builds for no DLA; timing "
-        "cache: it ignores one; optimization level: its plans are the same at every level; "
-        "hardware compatibility: it ignores one; name several targets instead; version compatible: "
-        "it fails to build such plans): use the backend tensorrt on the device, or leave it out"
+        "quantization implicit: it takes INT8 from Q/DQ nodes only; calibration cache: it takes "
+        "INT8 from Q/DQ nodes only; dla: it builds for no DLA; timing cache: it ignores one; "
+        "optimization level: its plans are the same at every level; hardware compatibility: it "
+        "ignores one; name several targets instead; version compatible: it fails to build such "
+        "plans): use the backend tensorrt on the device, or leave it out"
     )
 
 
@@ -131,11 +141,17 @@ def test_turing_int8_needs_a_word_more():
         parse_targets("sm75,sm86", backend, Precision.INT8)
     assert str(caught.value) == (
         "target sm75 cannot do int8: on Turing (sm75) the builder runs quantized convolutions in "
-        "half and dequantizes the weights at run time, so INT8 brings nothing there; use fp16, or "
-        "--allow-emulated to build it all the same (known: sm80, sm86, sm89, sm120, sm121)"
+        "half and dequantizes the weights at run time, so INT8 brings nothing there; use fp16, "
+        "--backend tensorrt for INT8 built on the device, or --allow-emulated to build it here all "
+        "the same (known: sm80, sm86, sm89, sm120, sm121)"
     )
-    allowed = parse_targets("sm86,sm75", backend, Precision.INT8, allow_emulated=True)
-    assert ("sm75", "sm86") == allowed
+    assert ("sm75",) == parse_targets("sm75", backend, Precision.INT8, allow_emulated=True)
+    with pytest.raises(InputError) as caught:
+        parse_targets("sm86,sm75", backend, Precision.INT8, allow_emulated=True)
+    assert str(caught.value) == (
+        "sm75 computes int8 in half and needs a graph and a plan of its own, without sm86: export "
+        "sm75 to another bundle (--out)"
+    )
     assert RTX_TARGETS[1:] == parse_targets(None, backend, Precision.INT8, allow_emulated=True)
     with pytest.raises(InputError) as caught:
         parse_targets("sm75", backend, Precision.FP32, allow_emulated=True)

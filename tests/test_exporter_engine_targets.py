@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -20,6 +21,7 @@ from exporter.engine import (
     BuiltEngine,
     ConvolutionCounts,
     EngineSummary,
+    EngineTyping,
     ProgressCallback,
     TargetFigures,
     check_engine,
@@ -158,6 +160,54 @@ def test_the_gate_names_the_target_that_fails():
         check_engine(mixed, Precision.INT8, 22)
 
 
+TIMED = (
+    "the builder chose by its own timings: build again on an idle GPU without --timing-cache, or "
+    "with --optimization-level 5"
+)
+GRAPH = (
+    "give every activation QuantizeLinear/DequantizeLinear a scale of shape [] (shape [1] silently "
+    "costs INT8) and quantize input and weights of every convolution"
+)
+
+
+@pytest.mark.parametrize(
+    ("precision", "typing", "advice"),
+    [
+        (Precision.INT8, EngineTyping.STRONG, GRAPH),
+        # Weakly typed builders too run explicit Q/DQ in INT8 where it is.
+        (Precision.INT8, EngineTyping.WEAK, GRAPH),
+        (
+            Precision.INT8,
+            EngineTyping.IMPLICIT,
+            f"{TIMED}, look in the build log for tensors without a scale, or, unless it is for a "
+            "DLA, use --quantization explicit",
+        ),
+        (
+            Precision.FP16,
+            EngineTyping.STRONG,
+            "make weights, biases and activations of every convolution half",
+        ),
+        (
+            Precision.FP16,
+            EngineTyping.WEAK,
+            f"{TIMED}; from TensorRT 10 on --typing strong binds it to the graph",
+        ),
+    ],
+)
+def test_the_gate_says_what_to_do_by_who_chose_the_data_types(precision, typing, advice):
+    """Where the builder chose, nothing about the graph helps."""
+    found = replace(summary(sm87=figures(0, 0, 2)), typing=typing)
+
+    with pytest.raises(GateFailedError) as caught:
+        check_engine(found, precision, 2)
+
+    kind = "INT8" if precision is Precision.INT8 else "half"
+    assert str(caught.value) == (
+        f"on sm87 only 0 of 2 convolutions run in {kind} (0 INT8, 0 half, 2 float): {advice}"
+    )
+    assert str(typing) == found.to_json()["typing"]
+
+
 @pytest.mark.parametrize("expected", [21, 23])
 def test_the_gate_fails_on_another_number_of_convolutions(expected: int):
     """A table with more or fewer kernels than convolutions vouches for nothing."""
@@ -184,7 +234,7 @@ def test_engine_json_leads_with_the_worst_target():
     assert {
         "backend", "version", "targets", "convolutions", "epilogue_fused", "other_kernels",
         "warnings", "per_target", "plan_bytes", "activation_memory_bytes", "weights_memory_bytes",
-        "dla_layers", "status",
+        "dla_layers", "status", "typing",
     } == set(content)  # fmt: skip
     assert "built" == content["status"]
 

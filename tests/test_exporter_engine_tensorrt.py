@@ -228,7 +228,7 @@ def test_a_dla_needs_fixed_shapes_and_no_fp32(machine, tmp_path: Path):
         "needs a fixed image size, not 64:64:96; TensorRT 10.9.0 has no DLA support: 10.7 is the "
         "last before 11.4.1 (Jetson AGX Orin with JetPack 7.2.2)"
     )
-    assert () == dla_complaints(replace(request, options=BuildOptions()))
+    assert () == dla_complaints(BuildOptions(), request.precision, request.batch, request.size)
 
 
 @pytest.mark.parametrize(
@@ -236,6 +236,7 @@ def test_a_dla_needs_fixed_shapes_and_no_fp32(machine, tmp_path: Path):
     [
         ({"onnx_path": "gone.onnx"}, "no ONNX file to build an engine from: {folder}/gone.onnx"),
         ({"float_path": "gone.onnx"}, "no ONNX file to build an engine from: {folder}/gone.onnx"),
+        ({"cache_path": "gone"}, "no calibration cache to build an engine with: {folder}/gone"),
         ({"cache": "gone"}, "no calibration cache to build an engine with: {folder}/gone"),
         ({"timings": "gone/t.cache"}, "no folder to keep the timing cache in: {folder}/gone"),
     ],
@@ -250,6 +251,7 @@ def test_missing_files_are_named_before_building(machine, tmp_path: Path, change
         REQUEST,
         onnx_path=paths["onnx_path"],
         float_path=paths["float_path"],
+        cache_path=paths.get("cache_path"),
         options=BuildOptions(calibration_cache=paths["cache"], timing_cache=paths["timings"]),
     )
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from exporter.devices import resolve_targets
+from exporter.devices import ARCHITECTURES, DEVICES, resolve_targets
 from exporter.engine import TensorRtRtx
 from exporter.errors import EnvironmentLackError, InputError
 from exporter.plan import make_plan
@@ -179,6 +180,71 @@ def test_tensorrt_8_builds_neither_bf16_nor_fp8(precision):
     assert trtexec(replace(BUILD, precision=precision), (8, 6)) is None
 
 
+_SHARED = {"--onnx", "--saveEngine", "--minShapes", "--optShapes", "--maxShapes", "--memPoolSize"}
+TRTEXEC = {
+    8: _SHARED | {"--fp16", "--int8", "--calib", "--useDLACore", "--allowGPUFallback"},
+    10: _SHARED
+    | {"--fp16", "--int8", "--calib", "--stronglyTyped", "--useDLACore", "--allowGPUFallback"},
+    11: _SHARED | {"--useDLACore", "--allowGPUFallback"},
+}
+"""Options that `trtexec` of a release takes, as far as we use them.
+
+Sources: sampleOptions.cpp of TensorRT 8 and 10 (github.com/NVIDIA/TensorRT), where `--memPoolSize`
+without a unit is MiB and `--stronglyTyped` refuses `--best`; "Migrating trtexec Usage from TensorRT
+10.x to 11.x" (docs.nvidia.com): `--fp16`, `--int8` and `--calib` are gone, and `--stronglyTyped` is
+always on. `--workspace` is gone since 10, so no line has it.
+"""
+
+
+def test_every_device_has_a_plan_or_one_sentence_at_every_precision():
+    """And every `trtexec` line has only options that its TensorRT knows, none that contradict."""
+    options = [{}, {"allow_emulated": True}, {"quantization": "implicit"}, {"workspace_mib": 64}]
+    seen, sentences = set(), set[str]()
+    for target, precision, further in itertools.product(
+        (*DEVICES, *ARCHITECTURES), ("fp32", "fp16", "int8"), options
+    ):
+        if "quantization" in further and precision != "int8":
+            continue
+        for core in (None, 0):
+            given = {"target": target, "precision": precision, **further}
+            try:
+                made = plan(**given, dla_core=core, batch="4" if core == 0 else None)
+            except InputError as error:
+                sentences.add(str(error))
+                seen.add(("refused", precision, core))
+                continue
+            json.dumps(made.to_json())
+            assert made.targets
+            sentences |= set(plan_lines(made))
+            seen.add(("planned", precision, core))
+            for command in made.commands:
+                if not command.library.startswith("TensorRT "):
+                    continue
+                words = {word.partition("=")[0] for word in command.line.split()[1:]}
+                for version in command.library.removeprefix("TensorRT ").split(", "):
+                    assert words <= TRTEXEC[int(version.partition(".")[0])], (given, command)
+                assert not ("--stronglyTyped" in words and words & {"--fp16", "--int8", "--calib"})
+                assert ("--calib" in words) <= ("--int8" in words)
+    assert not [sentence for sentence in sentences if "\n" in sentence]
+    assert seen >= {("planned", p, None) for p in ("fp32", "fp16", "int8")}
+    assert seen >= {("planned", p, 0) for p in ("fp16", "int8")} | {("refused", "fp32", 0)}
+
+
+def test_implicit_int8_is_planned_where_a_tensorrt_has_it():
+    """Float graph and cache up to 10; 11 does not build it, and the warning says that."""
+    made = plan(target="agx-orin", quantization="implicit")
+    assert (
+        f"trtexec --onnx=model.onnx --saveEngine=model.engine --int8 --calib=calibration.cache "
+        f"{SHAPES.replace('224x224', '64x64')}" == commands(made)["TensorRT 10.16, 10.3, 8.6, 8.5"]
+    )
+    assert (
+        "agx-orin (sm87): TensorRT 11.4 (installed by hand on JetPack 7.2.2) does not build "
+        "implicit int8"
+    ) in made.warnings
+    with pytest.raises(InputError, match=r"TensorRT-RTX cannot do this \(quantization implicit: "):
+        plan(target="rtx3060", quantization="implicit")
+
+
 def test_trtexec_on_a_dla_takes_fixed_shapes_and_scales_from_the_cache():
     """Up to 10.7 float graph and cache; from 11.4 the typed graph; between them there is no DLA."""
     build = replace(BUILD, dla_core=1)
@@ -258,10 +324,9 @@ def test_a_dla_is_planned_with_what_stands_against_it():
     """An open batch, a cache for another version, and the JetPack whose TensorRT has no DLA."""
     made = plan(target="orin-nx", dla_core=0)
     assert (
-        "a DLA has no dynamic shapes: the commands take batch 8; pass --batch 8 for a bundle that "
-        "says so",
-        "calibration.cache is written for TensorRT 10.3; others may want their own version in its "
-        "first line",
+        "a DLA has no dynamic shapes: the commands take batch 8; `engine` wants --batch 8",
+        "calibration.cache is written for TensorRT 10.3; trtexec of another wants its own version "
+        "in the first line (repvgg-export build writes it by itself)",
         "orin-nx (sm87): TensorRT about 10.16 (JetPack 7.2) does not build int8 for a DLA",
     ) == made.warnings
     assert ["on the device", "TensorRT 10.3, 8.6, 8.5"] == list(commands(made))

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exporter.build_options import BuildOptions, Dla, HardwareCompatibility, Typing
+from exporter.build_options import BuildOptions, Dla, HardwareCompatibility, Quantization, Typing
 from exporter.errors import InputError
 from exporter.profiles import BatchProfile, SizeProfile, parse_image_size
 from exporter.spec import (
@@ -221,7 +221,8 @@ def test_everything_that_is_typed_arrives(tmp_path: Path) -> None:
             dynamic_size="32:64:96x64:96:128", out="here", skip_bad_images=True, min_sqnr_db=33.5,
             min_agreement=0.5, max_drop=0.2, per_tensor_weights=True, power_of_two=True,
             calibration_table="t.json", workspace_mib=256,
-            typing="weak", dla=1, gpu_fallback=False, calibration_cache="c", timing_cache="t",
+            typing="weak", quantization="implicit", dla=1, gpu_fallback=False,
+            calibration_cache="c", timing_cache="t",
             optimization_level=5, hardware_compatibility="ampere+", version_compatible=True,
             allow_emulated=True,
         )
@@ -236,7 +237,8 @@ def test_everything_that_is_typed_arrives(tmp_path: Path) -> None:
         skip_bad_images=True, min_sqnr_db=33.5, min_agreement=0.5, max_drop=0.2,
         per_tensor_weights=True, power_of_two=True, calibration_table=Path("t.json"),
         build=BuildOptions(
-            typing=Typing.WEAK, dla=Dla(core=1, gpu_fallback=False), calibration_cache=Path("c"),
+            typing=Typing.WEAK, quantization=Quantization.IMPLICIT,
+            dla=Dla(core=1, gpu_fallback=False), calibration_cache=Path("c"),
             timing_cache=Path("t"), optimization_level=5, version_compatible=True,
             hardware_compatibility=HardwareCompatibility.AMPERE_PLUS, allow_emulated=True,
         ),
@@ -250,6 +252,19 @@ def test_what_only_int8_can_obey_is_refused_at_other_precisions() -> None:
     found = complaint(precision="fp16", recipe="full", per_tensor_weights=True)
     assert "--recipe, --per-tensor-weights belong to int8, not to fp16" == found
     assert "--power-of-two belongs to int8" in complaint(precision="fp32", power_of_two=True)
+    assert "--quantization, --calibration-cache belong to int8, not to fp16" == complaint(
+        precision="fp16", quantization="implicit", calibration_cache="c"
+    )
+
+
+def test_the_scales_of_int8_come_from_one_place() -> None:
+    """A calibration cache beside explicit quantization would be dropped in silence."""
+    assert "a calibration cache belongs to implicit quantization, not explicit" == complaint(
+        quantization="explicit", calibration_cache="c"
+    )
+    assert complaint(quantization="implicitly").startswith(
+        "unknown quantization 'implicitly' (nearest: implicit; known: auto, explicit, implicit)"
+    )
 
 
 def test_fp8_takes_what_it_can_obey_and_refuses_the_rest_of_int8s_options() -> None:

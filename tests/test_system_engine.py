@@ -11,10 +11,11 @@ from xml.etree import ElementTree
 import numpy as np
 import onnx
 import pytest
+from onnx import numpy_helper
 
 from calibration.cache_text import parse_cache_text
 from calibration.table import CalibrationTable
-from exporter.bundle import Bundle
+from exporter.bundle import Bundle, file_sha256
 from exporter.comparison import compare
 from exporter.errors import InputError
 from exporter.pipeline import run
@@ -218,6 +219,57 @@ def test_both_graphs_say_what_they_are(bundles):
     assert "22 of them fused RepVGG blocks" in plain.graph.doc_string
     assert manifest["calibration"]["sha256"] == found["calibration_sha256"]
     assert "clipped at" in words["images.q"]
+
+
+def test_every_scale_of_the_cache_belongs_to_a_tensor_of_the_float_graph(bundles):
+    """Implicit INT8 reads model.onnx, where each convolution's input must have its scale."""
+    out, _ = bundles("int8")
+    graph = onnx.load(out / "model.onnx").graph
+    scales = parse_cache_text((out / "calibration.cache").read_text())
+    tensors = {value.name for value in graph.input} | {t for n in graph.node for t in n.output}
+    assert scales.keys() <= tensors
+    read = {node.input[0] for node in graph.node if node.op_type == "Conv"}
+    assert 22 == len(read)
+    assert read == scales.keys()
+    table = CalibrationTable.loads((out / "calibration.json").read_text())
+    for name, scale in scales.items():
+        assert (scale, name) == (table.activation_scales[name], name)
+        # What the Q/DQ graph holds is the same number.
+    stored = {
+        t.name.removesuffix(".scale"): float(numpy_helper.to_array(t))
+        for t in onnx.load(out / "model.int8.onnx").graph.initializer
+        if t.name.removesuffix(".scale") in scales and t.name.endswith(".scale")
+    }
+    assert scales == stored
+
+
+def test_activation_scales_of_shape_1_cost_all_int8_and_end_the_build(bundles, command, tmp_path):
+    """The trap: TensorRT-RTX builds the graph and runs no convolution in INT8. Exit code 1."""
+    copy = Path(shutil.copytree(bundles("int8")[0], tmp_path / "copy"))
+    graph = copy / "model.int8.onnx"
+    model = onnx.load(graph)
+    quantizers = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    spoiled = {name for node in quantizers for name in node.input[1:]}
+    for tensor in model.graph.initializer:
+        if tensor.name in spoiled:
+            tensor.dims.append(1)
+    onnx.checker.check_model(model)
+    onnx.save(model, graph)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    found = {"sha256": file_sha256(graph), "bytes": graph.stat().st_size}
+    manifest["files"][graph.name] = found
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    before = (copy / "model.engine").read_bytes()
+
+    process = command("build", str(copy), "--target", "sm80,sm86", "--quiet")
+
+    assert 1 == process.returncode
+    assert (
+        "repvgg-export: on sm80 only 0 of 22 convolutions run in INT8 (0 INT8, 0 half, 22 float): "
+        "give every activation QuantizeLinear/DequantizeLinear a scale of shape [] (shape [1] "
+        "silently costs INT8) and quantize input and weights of every convolution\n"
+    ) == process.stderr
+    assert before == (copy / "model.engine").read_bytes()
 
 
 def test_the_user_is_told_that_the_bundled_weights_were_used_and_how_to_pass_others(bundles):

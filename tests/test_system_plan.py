@@ -12,7 +12,10 @@ import numpy as np
 import onnx
 import pytest
 
+from calibration.cache_text import parse_cache_text
 from exporter.bundle import Bundle
+from exporter.cli import main
+from exporter.device import options_for
 
 EVIDENCE = {
     "manifest.json", "model.onnx", "engine.json", "reference.npz", "parity.json", "junit.xml",
@@ -101,6 +104,7 @@ def test_a_plan_of_a_bundle_has_its_files_and_only_the_engine_left(command, bund
 def test_a_plan_of_a_bundle_refuses_what_was_decided_at_export(command, bundles):
     """Options of the export would be dropped in silence otherwise."""
     out, _ = bundles("fp16")
+    assert "DLA core must be 0 or more, not -1" in command("plan", str(out), "--dla", "-1").stderr
     for option in (("--batch", "4"), ("--classes", "5")):
         process = command("plan", str(out), *option)
         assert 2 == process.returncode
@@ -133,13 +137,75 @@ def test_a_plan_of_a_damaged_bundle_is_refused_with_the_file(command, bundles, t
     ],
 )
 def test_what_cannot_be_planned_is_one_sentence(command, arguments, sentence):
-    """Exit code 2; for `plan` and, where it knows the option, `engine` alike."""
-    names = ("plan", "engine") if "--dla" not in arguments else ("plan",)
+    """Exit code 2; for `plan` and `engine` alike."""
+    # Without a target `engine` may run on the device itself, which then is what has the DLA or not.
+    names = ("plan",) if arguments[0] == "--dla" else ("plan", "engine")
     for name in names:
         process = command(name, "A0", *arguments)
         assert 2 == process.returncode
         assert process.stderr.startswith(f"repvgg-export: {sentence}")
         assert 1 == process.stderr.count("\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ("--target", "orin-nx", "--dla", "0"),
+            "a DLA needs a fixed batch, not 1:8:32",
+        ),
+        (
+            ("--target", "orin-nx", "--dla", "0", "--batch", "1", "--dynamic-size", "64:96:128"),
+            "a DLA needs a fixed image size, not 64:96:128",
+        ),
+        (
+            ("--target", "orin-nx", "--dla", "2", "--batch", "1"),
+            "target orin-nx (sm87) has DLA cores 0 to 1, no core 2",
+        ),
+        (
+            ("--target", "sm86", "--quantization", "implicit"),
+            "TensorRT-RTX cannot do this (quantization implicit: it takes INT8 from Q/DQ nodes "
+            "only): use the backend tensorrt on the device, or leave it out",
+        ),
+        (
+            ("--dla", "0"),
+            "TensorRT-RTX cannot do this (dla: it builds for no DLA): use the backend tensorrt on "
+            "the device, or leave it out",
+        ),
+    ],
+)
+def test_what_a_builder_cannot_obey_is_refused_before_the_work(capsys, arguments, sentence):
+    """Also where the builder is a device that sees the bundle later: exit code 2, one sentence."""
+    backend = ("--backend", "tensorrt-rtx") if "orin-nx" not in arguments else ()
+    assert 2 == main(["engine", "A0", *arguments, *backend, "--quiet"])
+    assert f"repvgg-export: {sentence}\n" == capsys.readouterr().err
+
+
+def test_an_int8_dla_engine_is_deferred_with_all_that_the_device_needs(command, tmp_path):
+    """No file to be named: the bundle records the DLA and has the scales for it."""
+    out = tmp_path / "bundle"
+    process = command(
+        "engine", "A0", "--target", "orin-nx", "--dla", "0", "--batch", "4", "--weights", "random",
+        "--image-size", "32", "--calib-images", "16", "--evaluation-images", "8", "--out", str(out),
+    )  # fmt: skip
+    assert 0 == process.returncode, process.stderr
+    bundle = Bundle.load(out)
+    assert {"dla": 0} == bundle.manifest["spec"]["build"]
+    options = options_for(bundle)
+    assert (0, None, "auto") == (
+        options.dla.core, options.calibration_cache, options.quantization.value,
+    )  # fmt: skip
+    tensors = {t for node in onnx.load(out / "model.onnx").graph.node for t in node.input}
+    assert parse_cache_text((out / "calibration.cache").read_text()).keys() <= tensors
+    again = planned(command, str(out))
+    assert 0 == again["dla_core"]
+    assert "--useDLACore=0" in again["commands"][1]["line"]
+    lines = json.loads((out / "engine.json").read_text())["commands"]
+    assert (
+        "trtexec --onnx=model.onnx --saveEngine=model.engine --int8 --fp16 "
+        "--calib=calibration.cache --useDLACore=0 --allowGPUFallback "
+        "--minShapes=images:4x3x32x32 --optShapes=images:4x3x32x32 --maxShapes=images:4x3x32x32"
+    ) == lines["10.3"]
 
 
 def test_an_engine_for_the_device_is_deferred_and_all_else_is_there(deferred):

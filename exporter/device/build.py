@@ -19,11 +19,13 @@ from exporter.engine import (
     Dla,
     HardwareCompatibility,
     ProgressCallback,
+    Quantization,
     Typing,
     check_engine,
     device_target,
     get_backend,
     parse_targets,
+    require_half_scales,
 )
 from exporter.engine.runtime_modules import this_gpu
 from exporter.errors import InputError
@@ -71,6 +73,8 @@ def build_engine(
     targets = parse_targets(
         wanted or this_gpu(), builder, precision, allow_emulated=options.allow_emulated
     )
+    if not bundle.has_half_scales:
+        require_half_scales(targets, builder, precision, bundle=str(bundle.path))
     request = _request(bundle, precision, targets, options)
     built = builder.build(request, progress)
     _require_contents(bundle, built, request)
@@ -105,22 +109,22 @@ def options_for(
 ) -> BuildOptions:
     """What the export was asked for, as the manifest records it, and on top of it what is given.
 
-    Files of the exporting machine are left out. A DLA takes its scales from a calibration cache,
-    not from Q/DQ nodes, so where there is one the bundle's own is used.
+    Files of the exporting machine are left out: implicit INT8 takes the bundle's own scales.
 
     Raises:
         ValueError: for a value that makes no sense.
     """
     recorded = bundle.manifest["spec"].get("build", {})
     core = recorded.get("dla") if dla is None else dla
-    cache = bundle.path / files.CALIBRATION_CACHE
-    implicit = (core is not None or "calibration_cache" in recorded) and cache.is_file()
+    quantization = recorded.get("quantization", Quantization.AUTO)
+    if "calibration_cache" in recorded:
+        quantization = Quantization.IMPLICIT
     fallback = recorded.get("gpu_fallback", True)
     level = recorded.get("optimization_level")
     return BuildOptions(
         typing=Typing(recorded.get("typing", Typing.AUTO)),
         dla=None if core is None else Dla(core=core, gpu_fallback=fallback),
-        calibration_cache=cache if implicit else None,
+        quantization=Quantization(quantization),
         timing_cache=timing_cache,
         optimization_level=level if optimization_level is None else optimization_level,
         hardware_compatibility=HardwareCompatibility(
@@ -136,6 +140,7 @@ def _request(
 ) -> BuildRequest:
     spec = bundle.manifest["spec"]
     size = spec.get("dynamic_size")
+    cache = bundle.path / files.CALIBRATION_CACHE
     return BuildRequest(
         onnx_path=bundle.graph_path,
         precision=precision,
@@ -144,6 +149,7 @@ def _request(
         size=None if size is None else SizeProfile.parse(size),
         workspace_mib=spec.get("workspace_mib"),
         float_path=bundle.path / files.MODEL,
+        cache_path=cache if cache.is_file() else None,
         options=options,
     )
 

@@ -204,7 +204,7 @@ def _engine_backend(bundle: Bundle) -> str:
 def _onnxruntime(bundle: Bundle, threads: int, note: str | None) -> BundleRunner:
     precision = bundle.manifest["spec"]["precision"]
     began = time.perf_counter()
-    way = runnable(bundle.graph_path, precision)
+    way = runnable(bundle.graph_path, precision, half_scales=bundle.has_half_scales)
     runner = OnnxRunner(way.model, optimize=way.optimize, threads=threads)
     startup = Startup(load_ms=1e3 * (time.perf_counter() - began))
 

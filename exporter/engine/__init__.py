@@ -17,6 +17,7 @@ from exporter.build_options import (
     BuildOptions,
     Dla,
     HardwareCompatibility,
+    Quantization,
     Typing,
 )
 from exporter.engine import tensorrt, tensorrt_rtx
@@ -27,11 +28,19 @@ from exporter.engine.installation import is_installed
 from exporter.engine.summary import (
     ConvolutionCounts,
     EngineSummary,
+    EngineTyping,
     TargetFigures,
     check_engine,
     count_words,
 )
-from exporter.engine.targets import parse_targets, precision_lack, target_names
+from exporter.engine.targets import (
+    emulated_targets,
+    parse_targets,
+    precision_lack,
+    require_half_scales,
+    require_one_form,
+    target_names,
+)
 from exporter.engine.tensorrt import TensorRt
 from exporter.engine.tensorrt_rtx import TensorRtRtx
 from exporter.errors import InputError
@@ -44,8 +53,10 @@ __all__ = [
     "ConvolutionCounts",
     "Dla",
     "EngineSummary",
+    "EngineTyping",
     "HardwareCompatibility",
     "ProgressCallback",
+    "Quantization",
     "TargetFigures",
     "TensorRt",
     "TensorRtRtx",
@@ -56,10 +67,13 @@ __all__ = [
     "dla_complaints",
     "dla_lack",
     "driver_lack",
+    "emulated_targets",
     "engine_not_run_reason",
     "get_backend",
     "parse_targets",
     "precision_lack",
+    "require_half_scales",
+    "require_one_form",
 ]
 
 AUTO = "auto"

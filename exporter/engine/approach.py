@@ -14,8 +14,9 @@ available       TensorRT >= 10, RTX         TensorRT <= 10              TensorRT
 
 bf16 and fp8 came with TensorRT 10; the flag FP8 of 8.6 is for plugins only.
 
-On a DLA before TensorRT 11, networks are weakly typed, and INT8 is implicit with FP16 beside it for
-the layers that have no scale. Pure functions of capabilities; no TensorRT is touched.
+INT8 is implicit if that is asked for, and on a DLA before TensorRT 11, whose networks are weakly
+typed: there with FP16 beside it, for the layers that have no scale. Pure functions of capabilities;
+no TensorRT is touched.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from exporter.build_options import Typing
+from exporter.build_options import Quantization, Typing
 from exporter.engine.backend import BuildRequest
 from exporter.engine.capabilities import Capability
 from exporter.engine.refusal import BadInputError
+from exporter.engine.summary import EngineTyping
 from exporter.spec import Precision
 
 _WEAK = (Capability.FP16_FLAG, Capability.INT8_FLAG)
@@ -47,6 +49,13 @@ class Approach:
     calibration_cache: Path | None = None
     notes: tuple[str, ...] = ()
 
+    @property
+    def typing(self) -> EngineTyping:
+        """Who chooses the data types."""
+        if self.calibration_cache is not None:
+            return EngineTyping.IMPLICIT
+        return EngineTyping.STRONG if self.strongly_typed else EngineTyping.WEAK
+
 
 def choose_approach(
     request: BuildRequest, capabilities: frozenset[Capability], library: str
@@ -58,13 +67,14 @@ def choose_approach(
     """
     options = request.options
     weak_exists = capabilities.issuperset(_WEAK)
-    if options.calibration_cache is not None:
+    on_weak_dla = options.dla is not None and weak_exists
+    if _is_implicit(request, on_weak_dla=on_weak_dla):
         return _implicit(request, capabilities, library)
-    if options.dla is not None and weak_exists:
+    if on_weak_dla:
         if request.precision is Precision.INT8:
             raise BadInputError(
                 f"the DLA of {library} takes INT8 from a calibration cache and not from Q/DQ "
-                "nodes: pass the bundle's calibration.cache"
+                "nodes: pass one, or leave quantization at auto where the bundle has its own"
             )
         return _weak(request, capabilities, library)
     if options.typing is Typing.WEAK:
@@ -82,6 +92,12 @@ def choose_approach(
             )
         return _weak(request, capabilities, library)
     return Approach(graph=request.onnx_path, strongly_typed=True)
+
+
+def _is_implicit(request: BuildRequest, *, on_weak_dla: bool) -> bool:
+    options = request.options
+    by_dla = on_weak_dla and request.precision is Precision.INT8 and request.cache_path is not None
+    return options.is_implicit or (by_dla and options.quantization is Quantization.AUTO)
 
 
 def _weak(request: BuildRequest, capabilities: frozenset[Capability], library: str) -> Approach:
@@ -116,6 +132,9 @@ def _implicit(request: BuildRequest, capabilities: frozenset[Capability], librar
         raise BadInputError(f"a calibration cache belongs to int8, not to {request.precision}")
     if request.options.typing is Typing.STRONG:
         raise BadInputError("a calibration cache needs a weakly typed network, not a strong one")
+    cache = request.options.calibration_cache or request.cache_path
+    if cache is None:
+        raise BadInputError("implicit INT8 needs a calibration cache, and none is given")
     if request.float_path is None:
         raise BadInputError("implicit INT8 is built from the float graph, and none is given")
     on_dla = request.options.dla is not None
@@ -125,7 +144,7 @@ def _implicit(request: BuildRequest, capabilities: frozenset[Capability], librar
         graph=request.float_path,
         strongly_typed=False,
         allowed=frozenset(allowed),
-        calibration_cache=request.options.calibration_cache,
+        calibration_cache=cache,
         notes=(
             "implicit INT8: scales come from the calibration cache, weights are rounded by the "
             f"builder, which itself chooses among {types}",

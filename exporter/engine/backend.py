@@ -28,7 +28,8 @@ class BuildRequest:
 
     ``float_path`` is the float graph of the same network: builders that choose data types by
     themselves read it in place of the half graph, and implicit INT8 needs it. ``options`` are for
-    the backends that can obey them; none drops one in silence.
+    the backends that can obey them; none drops one in silence. ``cache_path`` is the calibration
+    cache of the network, for implicit INT8 without another one in ``options``.
     """
 
     onnx_path: Path
@@ -38,6 +39,7 @@ class BuildRequest:
     size: SizeProfile | None = None
     workspace_mib: int | None = None
     float_path: Path | None = None
+    cache_path: Path | None = None
     options: BuildOptions = DEFAULT_OPTIONS
 
 
@@ -64,6 +66,14 @@ class Backend(Protocol):
 
     def supported_targets(self, precision: Precision) -> tuple[str, ...]:
         """Compute capabilities that can do ``precision``, ascending."""
+        ...
+
+    def require_options(self, options: BuildOptions) -> None:
+        """Return only if it can obey ``options``, as far as is known before building.
+
+        Raises:
+            InputError: naming those that it cannot.
+        """
         ...
 
     def build(self, request: BuildRequest, progress: ProgressCallback) -> BuiltEngine:

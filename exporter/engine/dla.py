@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import re
 
-from exporter.engine.backend import BuildRequest
+from exporter.build_options import BuildOptions
+from exporter.profiles import BatchProfile, SizeProfile
 from exporter.spec import Precision
 
 _LAST_OF_10 = (10, 7)
@@ -36,15 +37,17 @@ def dla_lack(version: str) -> str | None:
     )
 
 
-def dla_complaints(request: BuildRequest) -> tuple[str, ...]:
-    """What about the request a DLA cannot do, whatever the version; empty without `dla`."""
-    if request.options.dla is None:
+def dla_complaints(
+    options: BuildOptions, precision: Precision, batch: BatchProfile, size: SizeProfile | None
+) -> tuple[str, ...]:
+    """What a DLA cannot do, whatever the version; empty if ``options`` ask for none."""
+    if options.dla is None:
         return ()
     found = []
-    if request.precision not in (Precision.FP16, Precision.INT8):
-        found.append(f"a DLA computes in half or INT8, not in {request.precision}")
-    if request.batch.min != request.batch.max:
-        found.append(f"a DLA needs a fixed batch, not {request.batch}")
-    if request.size is not None:
-        found.append(f"a DLA needs a fixed image size, not {request.size}")
+    if precision not in (Precision.FP16, Precision.INT8):
+        found.append(f"a DLA computes in half or INT8, not in {precision}")
+    if batch.min != batch.max:
+        found.append(f"a DLA needs a fixed batch, not {batch}")
+    if size is not None:
+        found.append(f"a DLA needs a fixed image size, not {size}")
     return tuple(found)

@@ -33,9 +33,9 @@ def require_buildable(request: BuildRequest) -> None:
     for path in (request.onnx_path, request.float_path):
         if path is not None and not path.is_file():
             raise InputError(f"no ONNX file to build an engine from: {path}")
-    cache = request.options.calibration_cache
-    if cache is not None and not cache.is_file():
-        raise InputError(f"no calibration cache to build an engine with: {cache}")
+    for cache in (request.options.calibration_cache, request.cache_path):
+        if cache is not None and not cache.is_file():
+            raise InputError(f"no calibration cache to build an engine with: {cache}")
     timings = request.options.timing_cache
     if timings is not None and not timings.absolute().parent.is_dir():
         raise InputError(f"no folder to keep the timing cache in: {timings.absolute().parent}")

@@ -100,6 +100,12 @@ def figures(layers: tuple[Layer, ...], nodes: tuple[OnnxNode, ...]) -> TargetFig
     )
 
 
+def _quantized(nodes: tuple[OnnxNode, ...]) -> int:
+    """How many convolutions of the network read a dequantized activation."""
+    real = {t for node in nodes if node.op == "DequantizeLinear" for t in node.outputs}
+    return sum(node.op == "Conv" and node.inputs[0] in real for node in nodes if node.inputs)
+
+
 def findings(layers: tuple[Layer, ...], nodes: tuple[OnnxNode, ...]) -> tuple[str, ...]:
     """Sentences for people about what the table shows beyond its counts."""
     if not layers:
@@ -117,6 +123,12 @@ def findings(layers: tuple[Layer, ...], nodes: tuple[OnnxNode, ...]) -> tuple[st
     odd = sorted(types - {*_FIGURES, "Float"})
     if odd:
         found.append(f"convolutions in {', '.join(odd)} are counted as float")
+    emulated = _quantized(nodes) - counts.int8
+    if emulated > 0:
+        found.append(
+            f"{emulated} of {_quantized(nodes)} quantized convolutions do not run in INT8, so INT8 "
+            "saves no time in them: measure on the device whether fp16 is faster"
+        )
     separate = counts.total - counted.epilogue_fused
     if (counts.int8 or counts.fp8) and separate:
         found.append(

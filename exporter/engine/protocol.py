@@ -15,8 +15,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from exporter.build_options import BuildOptions, Dla, HardwareCompatibility, Typing
+from exporter.build_options import BuildOptions, Dla, HardwareCompatibility, Quantization, Typing
 from exporter.engine.backend import BuildRequest
+from exporter.engine.summary import EngineTyping
 from exporter.profiles import BatchProfile, SizeProfile
 from exporter.spec import Precision
 
@@ -40,13 +41,15 @@ class Status(str, Enum):
 class Result:
     """The child's last word; ``errors`` is empty exactly if the plan was built.
 
-    ``notes`` are for people: what the builder was told and what it will not do.
+    ``notes`` are for people: what the builder was told and what it will not do. ``typing`` is who
+    chose the data types.
     """
 
     status: Status
     version: str = ""
     errors: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    typing: EngineTyping = EngineTyping.STRONG
 
     def write(self, folder: Path) -> None:
         """Leave the result in ``folder``."""
@@ -55,6 +58,7 @@ class Result:
             "version": self.version,
             "errors": list(self.errors),
             "notes": list(self.notes),
+            "typing": self.typing.value,
         }
         (folder / RESULT).write_text(json.dumps(content), encoding="utf-8")
 
@@ -68,6 +72,7 @@ class Result:
                 version=str(content["version"]),
                 errors=tuple(str(error) for error in content["errors"]),
                 notes=tuple(str(note) for note in content.get("notes", ())),
+                typing=EngineTyping(content.get("typing", EngineTyping.STRONG)),
             )
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -84,6 +89,7 @@ def request_to_json(request: BuildRequest) -> dict[str, object]:
         "size": None if size is None else str(size),
         "workspace_mib": request.workspace_mib,
         "float_path": _absolute(request.float_path),
+        "cache_path": _absolute(request.cache_path),
         "options": _options_to_json(request.options),
     }
 
@@ -96,6 +102,7 @@ def _options_to_json(options: BuildOptions) -> dict[str, object]:
     dla = options.dla
     return {
         "typing": options.typing.value,
+        "quantization": options.quantization.value,
         "calibration_cache": _absolute(options.calibration_cache),
         "dla": None if dla is None else {"core": dla.core, "gpu_fallback": dla.gpu_fallback},
         "timing_cache": _absolute(options.timing_cache),
@@ -121,6 +128,7 @@ def request_from_json(text: str) -> BuildRequest:
         size=None if content["size"] is None else SizeProfile.parse(content["size"]),
         workspace_mib=content["workspace_mib"],
         float_path=_path(content["float_path"]),
+        cache_path=_path(content["cache_path"]),
         options=_options_from_json(content["options"]),
     )
 
@@ -133,6 +141,7 @@ def _options_from_json(content: Mapping[str, Any]) -> BuildOptions:
     dla = content["dla"]
     return BuildOptions(
         typing=Typing(content["typing"]),
+        quantization=Quantization(content["quantization"]),
         calibration_cache=_path(content["calibration_cache"]),
         dla=None if dla is None else Dla(core=dla["core"], gpu_fallback=dla["gpu_fallback"]),
         timing_cache=_path(content["timing_cache"]),

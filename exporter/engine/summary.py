@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from enum import Enum
 
 from exporter.errors import GateFailedError
 from exporter.spec import Precision
@@ -81,6 +82,21 @@ class TargetFigures:
         }
 
 
+class EngineTyping(str, Enum):
+    """Who chose the data types of an engine.
+
+    ``STRONG``: the graph. ``WEAK``: the builder, by its timings, among those that it may.
+    ``IMPLICIT``: the builder, which may use INT8 where a calibration cache has a scale.
+    """
+
+    STRONG = "strong"
+    WEAK = "weak"
+    IMPLICIT = "implicit"
+
+    def __str__(self) -> str:
+        return self.value
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSummary:
     """The verdict on one plan; ``to_json`` is ``engine.json``.
@@ -97,6 +113,7 @@ class EngineSummary:
     activation_memory_bytes: int | None = None
     weights_memory_bytes: int | None = None
     dla_layers: int = 0
+    typing: EngineTyping = EngineTyping.STRONG
     warnings: tuple[str, ...] = field(default=())
 
     @property
@@ -143,6 +160,7 @@ class EngineSummary:
             "activation_memory_bytes": self.activation_memory_bytes,
             "weights_memory_bytes": self.weights_memory_bytes,
             "dla_layers": self.dla_layers,
+            "typing": str(self.typing),
             "per_target": {name: figures.to_json() for name, figures in self.per_target.items()},
             "warnings": list(self.warnings),
         }
@@ -166,6 +184,22 @@ _ADVICE = {
     Precision.BF16: "make weights, biases and activations of every convolution bfloat16",
     Precision.FP32: "build fp32 from the float graph",
 }
+_TIMED = (
+    "the builder chose by its own timings: build again on an idle GPU without --timing-cache, or "
+    "with --optimization-level 5"
+)
+
+
+def _advice(precision: Precision, typing: EngineTyping) -> str:
+    """What to do now; a builder that chooses types by itself is not to be told about the graph."""
+    if typing is EngineTyping.IMPLICIT:
+        return (
+            f"{_TIMED}, look in the build log for tensors without a scale, or, unless it is for a "
+            "DLA, use --quantization explicit"
+        )
+    if typing is EngineTyping.WEAK and precision is Precision.FP16:
+        return f"{_TIMED}; from TensorRT 10 on --typing strong binds it to the graph"
+    return _ADVICE[precision]
 
 
 def check_engine(
@@ -208,5 +242,6 @@ def check_engine(
         if not passes:
             raise GateFailedError(
                 f"on {target} only {found} of {wanted} convolutions run in "
-                f"{_LABELS[precision]} ({count_words(counts.to_json())}): {_ADVICE[precision]}"
+                f"{_LABELS[precision]} ({count_words(counts.to_json())}): "
+                f"{_advice(precision, summary.typing)}"
             )

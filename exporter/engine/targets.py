@@ -7,14 +7,12 @@ backend, so a new backend brings its own list.
 from __future__ import annotations
 
 import difflib
-import re
+from collections.abc import Collection
 
-from exporter.devices import OLDEST_WITH
+from exporter.devices import OLDEST_WITH, read_capability
 from exporter.engine.backend import Backend
 from exporter.errors import InputError
 from exporter.spec import Precision
-
-_FORM = re.compile(r"(?:(?:sm|compute)[_-]?)?(\d{2,3}|\d{1,2}\.\d)", re.IGNORECASE)
 
 _DEVICE_ONLY = {
     "sm53": "Jetson Nano and TX1",
@@ -35,8 +33,8 @@ _REASONS = {
         "sm75",
         Precision.INT8,
     ): "on Turing (sm75) the builder runs quantized convolutions in half and "
-    "dequantizes the weights at run time, so INT8 brings nothing there; use fp16, or "
-    "--allow-emulated to build it all the same",
+    "dequantizes the weights at run time, so INT8 brings nothing there; use fp16, --backend "
+    "tensorrt for INT8 built on the device, or --allow-emulated to build it here all the same",
 }
 _TENSOR_CORES = {
     Precision.BF16: "bfloat16 came with Ampere (sm80); use fp16",
@@ -72,13 +70,58 @@ def parse_targets(
         if name in supported or (allow_emulated and _is_emulated(name, backend, precision)):
             continue
         raise InputError(_refusal(name, backend, precision))
+    require_one_form(names, backend, precision)
     return tuple(sorted(names, key=_number))
+
+
+def emulated_targets(
+    names: Collection[str], backend: Backend, precision: Precision
+) -> tuple[str, ...]:
+    """Those of ``names`` where ``backend`` computes ``precision`` in half, ascending."""
+    supported = backend.supported_targets(precision)
+    emulated = {n for n in names if n not in supported and _is_emulated(n, backend, precision)}
+    return tuple(sorted(emulated, key=_number))
+
+
+def require_one_form(names: Collection[str], backend: Backend, precision: Precision) -> None:
+    """Return only if all or none of ``names`` emulate ``precision``.
+
+    One plan has one layer table, so an emulating target would take INT8 from the others; and it is
+    built from another graph.
+
+    Raises:
+        InputError: otherwise.
+    """
+    emulated = ", ".join(emulated_targets(names, backend, precision))
+    others = ", ".join(sorted({*names} - {*emulated.split(", ")}, key=_number))
+    if emulated and others:
+        raise InputError(
+            f"{emulated} computes {precision} in half and needs a graph and a plan of its own, "
+            f"without {others}: export {emulated} to another bundle (--out)"
+        )
+
+
+def require_half_scales(
+    names: Collection[str], backend: Backend, precision: Precision, *, bundle: str
+) -> None:
+    """Return only if no target of ``names`` needs half scales, which ``bundle`` does not have.
+
+    Raises:
+        InputError: otherwise.
+    """
+    emulated = ",".join(emulated_targets(names, backend, precision))
+    if emulated:
+        raise InputError(
+            f"{emulated} computes {precision} in half, which needs a graph with half scales, and "
+            f"bundle {bundle} has float ones: export again with --target {emulated} "
+            "--allow-emulated"
+        )
 
 
 def target_names(text: str | None) -> tuple[str, ...]:
     """Canonical names of the entries of a target list that are in a known form; others dropped."""
-    matches = (_FORM.fullmatch(entry.strip()) for entry in (text or "").split(","))
-    return tuple(f"sm{int(match[1].replace('.', ''))}" for match in matches if match)
+    names = (read_capability(entry.strip()) for entry in (text or "").split(","))
+    return tuple(name for name in names if name)
 
 
 def precision_lack(capability: int, precision: Precision) -> str | None:
@@ -97,10 +140,10 @@ def _number(name: str) -> int:
 
 
 def _canonical(entry: str, supported: tuple[str, ...]) -> str:
-    match = _FORM.fullmatch(entry)
-    if match is None:
+    name = read_capability(entry)
+    if name is None:
         raise InputError(_unknown(entry, entry.lower(), supported))
-    return f"sm{int(match[1].replace('.', ''))}"
+    return name
 
 
 def _unknown(entry: str, name: str, supported: tuple[str, ...]) -> str:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from types import MappingProxyType
 
+from exporter.build_options import BuildOptions
 from exporter.engine import build_log, inspector, inventory
 from exporter.engine.backend import BuildRequest, BuiltEngine, ProgressCallback
 from exporter.engine.dla import dla_complaints, dla_lack
@@ -72,6 +73,15 @@ class TensorRt:
             raise EnvironmentLackError("the NVIDIA driver does not tell which GPU is in here")
         return (target,)
 
+    def require_options(self, options: BuildOptions) -> None:
+        """Raises InputError for a DLA that this release does not drive."""
+        for complaint in self._complaints(options):
+            raise InputError(complaint)
+
+    def _complaints(self, options: BuildOptions) -> tuple[str, ...]:
+        lack = dla_lack(self.version()) if options.dla is not None else None
+        return (lack,) if lack else ()
+
     def build(self, request: BuildRequest, progress: ProgressCallback) -> BuiltEngine:
         """Build for this machine's GPU.
 
@@ -82,9 +92,8 @@ class TensorRt:
             EnvironmentLackError: the builder crashed, ran out of time, or does not load.
         """
         require_buildable(request)
-        complaints = dla_complaints(request)
-        lack = dla_lack(self.version()) if request.options.dla is not None else None
-        complaints += (lack,) if lack else ()
+        complaints = dla_complaints(request.options, request.precision, request.batch, request.size)
+        complaints += self._complaints(request.options)
         if complaints:
             raise InputError("; ".join(complaints))
         output = run_worker(
@@ -113,5 +122,6 @@ def summarize(request: BuildRequest, output: WorkerOutput, version: str) -> Engi
         ),
         plan_bytes=len(output.plan),
         dla_layers=dla_layers,
+        typing=output.typing,
         warnings=unseen + found + output.notes + build_log.messages(records, "WARNING"),
     )

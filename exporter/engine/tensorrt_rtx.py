@@ -30,6 +30,7 @@ TARGETS = (_TURING, "sm80", "sm86", "sm89", "sm120", "sm121")
 _REFUSED = MappingProxyType(
     {
         "typing weak": "it builds strongly typed networks only",
+        "quantization implicit": "it takes INT8 from Q/DQ nodes only",
         "calibration cache": "it takes INT8 from Q/DQ nodes only",
         "dla": "it builds for no DLA",
         "timing cache": "it ignores one",
@@ -83,6 +84,10 @@ class TensorRtRtx:
         able = (name for name in TARGETS if ARCHITECTURES[name].number >= oldest)
         return tuple(name for name in able if name != _TURING)
 
+    def require_options(self, options: BuildOptions) -> None:
+        """Raises InputError: see the function of this name."""
+        require_options(options)
+
     def build(self, request: BuildRequest, progress: ProgressCallback) -> BuiltEngine:
         """Build one plan that holds code for all targets of the request.
 
@@ -92,7 +97,7 @@ class TensorRtRtx:
             GateFailedError: the builder refuses the network; its own words are in the message.
             EnvironmentLackError: the builder crashed, ran out of time, or does not load.
         """
-        _refuse_options(request.options)
+        self.require_options(request.options)
         require_buildable(request)
         output = run_worker(
             request, progress, command=self._worker_command, timeout_s=self._timeout_s
@@ -121,7 +126,12 @@ class TensorRtRtx:
         )
 
 
-def _refuse_options(options: BuildOptions) -> None:
+def require_options(options: BuildOptions) -> None:
+    """Return only if TensorRT-RTX, here or not, neither ignores an option nor fails on it.
+
+    Raises:
+        InputError: naming those of ``options``, with the reasons.
+    """
     reasons = [f"{name}: {_REFUSED[name]}" for name in options.full_tensorrt_only]
     if reasons:
         raise InputError(

@@ -28,6 +28,7 @@ from exporter.engine.legacy_int8 import cache_for, set_calibrator
 from exporter.engine.network_parser import create_network, parse
 from exporter.engine.protocol import Result, Status
 from exporter.engine.refusal import BadInputError, RefusedError
+from exporter.engine.summary import EngineTyping
 from exporter.engine.tensorrt_names import IHostMemory, ILogger
 
 _PARSED = 0.05
@@ -44,6 +45,7 @@ class Built:
     plan: IHostMemory
     layers: str | None
     notes: tuple[str, ...]
+    typing: EngineTyping
 
 
 class ProgressPrinter:
@@ -103,7 +105,7 @@ def build(
         write_timing_cache(config, request.options.timing_cache)
     printer.say("Writing the plan", _BUILT)
     layers = inspect_plan(api, logger, plan, request) if library == _INSPECTED else None
-    return Built(plan=plan, layers=layers, notes=way.notes + notes)
+    return Built(plan=plan, layers=layers, notes=way.notes + notes, typing=way.typing)
 
 
 def _run(library: str, folder: Path, printer: ProgressPrinter) -> Result:
@@ -127,10 +129,10 @@ def _run(library: str, folder: Path, printer: ProgressPrinter) -> Result:
         if built.layers is not None:
             (folder / protocol.LAYERS).write_text(built.layers, encoding="utf-8")
         # Native objects are released while the logger's file is still open.
-        notes = built.notes
+        notes, typing = built.notes, built.typing
         del built
     printer.say("Engine built", 1.0)
-    return Result(status=Status.BUILT, version=api.version, notes=notes)
+    return Result(status=Status.BUILT, version=api.version, notes=notes, typing=typing)
 
 
 def _private_stdout() -> TextIO:

@@ -21,6 +21,7 @@ from typing import IO
 from exporter.engine import protocol
 from exporter.engine.backend import BuildRequest, ProgressCallback
 from exporter.engine.protocol import Result, Status
+from exporter.engine.summary import EngineTyping
 from exporter.errors import EnvironmentLackError, GateFailedError, InputError
 
 WORKER: tuple[str, ...] = (sys.executable, "-m", "exporter.engine.worker")
@@ -44,6 +45,7 @@ class WorkerOutput:
     version: str
     layers: str | None = None
     notes: tuple[str, ...] = ()
+    typing: EngineTyping = EngineTyping.STRONG
 
 
 def run_worker(
@@ -185,7 +187,12 @@ def _accept(result: Result, folder: Path) -> WorkerOutput:
     if not plan:
         raise EnvironmentLackError("the engine builder reports success but its plan is empty")
     return WorkerOutput(
-        plan=plan, log=log, version=result.version, layers=layers, notes=result.notes
+        plan=plan,
+        log=log,
+        version=result.version,
+        layers=layers,
+        notes=result.notes,
+        typing=result.typing,
     )
 
 

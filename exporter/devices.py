@@ -33,6 +33,7 @@ __all__ = [
     "FULL",
     "OLDEST_WITH",
     "RTX",
+    "UNSUPPORTED",
     "Advice",
     "Architecture",
     "Device",

@@ -102,7 +102,11 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
         help="use at most N of them, spread evenly (default: 512)")  # fmt: skip
     add("--recipe", help=f"{', '.join(map(str, Recipe))}; auto measures all and takes the best "
         "(default: full, or mse where the network is no chain)")  # fmt: skip
-    add("--keep-float", metavar="NAMES", help="nodes that stay float in int8, comma-separated")
+    add(
+        "--keep-float",
+        metavar="NAMES",
+        help="nodes that stay float in int8 and fp8, comma-separated",
+    )
     add("--per-tensor-weights", action="store_true", help="one scale a weight in int8, not one a "
         "channel")  # fmt: skip
     add("--power-of-two", action="store_true", help="equalize by powers of two only")

@@ -34,6 +34,7 @@ __all__ = [
     "NO_ENGINE_YET",
     "OLDEST_WITH",
     "RTX",
+    "UNSUPPORTED",
     "Advice",
     "Architecture",
     "Device",

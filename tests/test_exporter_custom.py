@@ -152,6 +152,46 @@ def test_every_convolution_of_the_engine_is_int8(bundle: Bundle) -> None:
     ]
 
 
+def exported(network: TwoInputs, out: Path, **options: Any) -> Bundle:
+    return export(
+        network,
+        example_input=tuple(map(torch.from_numpy, batches(1))),
+        calibration=iter([batches(20), batches(4), batches(6, 64, 32)]),
+        dynamic_size="32:32:64x32:48:64",
+        out=out,
+        **options,
+    )
+
+
+@pytest.mark.parametrize(("precision", "target"), [("bf16", "h100"), ("fp8", "sm89")])
+def test_the_other_narrow_types_take_the_same_road(
+    network: TwoInputs, tmp_path: Path, precision: str, target: str
+) -> None:
+    """Several inputs and outputs, open sizes and what is no convolution included."""
+    made = exported(network, tmp_path / "b", precision=precision, targets=target)
+    ledger = verify(made)
+    assert ("pass", ["simplified", precision, "engine"]) == (
+        ledger.verdict,
+        [row.stage for row in ledger.stages],
+    )
+    inputs, _ = made.reference()
+    assert (8, 4, 32, 48) == made.run(inputs)["output_0"].shape
+    engine = json.loads((made.path / "engine.json").read_text())
+    if precision == "fp8":
+        assert {"total": 4, "fp8": 4} == {k: v for k, v in engine["convolutions"].items() if v}
+    else:
+        assert "deferred" == engine["status"]
+
+
+def test_tensorrt_rtx_has_no_bfloat16_transposed_convolution(
+    network: TwoInputs, tmp_path: Path
+) -> None:
+    """The builder's own words say which node; nothing is published."""
+    with pytest.raises(GateFailedError, match=r"Could not infer output types .*up\.convtranspose"):
+        exported(network, tmp_path / "b", precision="bf16", targets="sm89")
+    assert not (tmp_path / "b").exists()
+
+
 def test_a_custom_bundle_runs_and_verifies(bundle: Bundle, network: TwoInputs) -> None:
     """run takes a tuple, at any size of the profile, and returns a dict; verify passes."""
     inputs, outputs = bundle.reference()

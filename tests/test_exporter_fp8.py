@@ -175,7 +175,7 @@ def test_a_rescaled_checkpoint_loses_less_with_rescaling_than_without(model, ima
     plainly = compare(reference, logits(without.graph, images)).sqnr_db
     same = compare(reference, logits(made_from(model, images).graph, images)).sqnr_db
     assert ours >= plainly + 1
-    assert ours == pytest.approx(same, abs=0.01)
+    assert ours == pytest.approx(same, abs=0.5)
 
 
 def test_the_classifier_and_named_nodes_stay_float(model, images) -> None:

@@ -9,23 +9,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection
 
-from exporter.devices import OLDEST_WITH, read_capability
+from exporter.devices import ARCHITECTURES, OLDEST_WITH, UNSUPPORTED, read_capability
 from exporter.engine.backend import Backend
 from exporter.errors import InputError
 from exporter.spec import Precision
 
-_DEVICE_ONLY = {
-    "sm53": "Jetson Nano and TX1",
-    "sm62": "Jetson TX2",
-    "sm72": "Jetson Xavier",
-    "sm87": "Jetson Orin",
-    "sm90": "Hopper (H100, H200)",
-    "sm100": "Blackwell data-centre cards",
-    "sm103": "Blackwell Ultra data-centre cards",
-    "sm110": "Jetson Thor",
-}
 _DEVICE_BACKEND = "tensorrt"
-"""Devices that TensorRT-RTX cannot build for ahead of time; full TensorRT builds on them."""
+"""Builds for the GPU it runs on only."""
 
 _REASONS = {
     ("sm75", Precision.FP32): "FP32 matrix products do not compile for Turing (sm75); use fp16",
@@ -168,9 +158,11 @@ def _refusal(name: str, backend: Backend, precision: Precision) -> str:
         reason = precision_lack(_number(name), precision) or _REASONS.get((name, precision))
         reason = reason or f"{backend.name} does not build it"
         return f"target {name} cannot do {precision}: {reason} (known: {', '.join(known)})"
-    if name in _DEVICE_ONLY:
+    if name in UNSUPPORTED:
+        return f"target {name} is not supported: {UNSUPPORTED[name]}"
+    if name in ARCHITECTURES:
         return (
-            f"target {name} ({_DEVICE_ONLY[name]}) needs full TensorRT, run on the device itself; "
-            f"{backend.name} builds for {', '.join(known)}"
+            f"target {name} ({ARCHITECTURES[name].name}) needs full TensorRT, run on the device "
+            f"itself; {backend.name} builds for {', '.join(known)}"
         )
     return _unknown(name, name, known)

@@ -17,7 +17,7 @@ import onnx
 from torch import nn
 
 from exporter import bundle as files
-from exporter import contract, report
+from exporter import contract
 from exporter.bundle import Bundle, BundleWriter
 from exporter.contract import ContractVerdict
 from exporter.devices import resolve_targets
@@ -28,12 +28,14 @@ from exporter.engine import (
     check_engine,
     engine_not_run_reason,
 )
-from exporter.evidence import manifest, write_evidence
+from exporter.evidence import gather, manifest, write_evidence, write_report
+from exporter.failure import told_if_failed
 from exporter.fused_blocks import Fused, expected_blocks, fuse
 from exporter.graph import pointwise_convolutions, quantizable
 from exporter.inputs import Inputs, prepare
 from exporter.judge import Judge
 from exporter.ledger import Ledger
+from exporter.localization import GraphPair
 from exporter.network import torch_runner
 from exporter.onnx_export import export_network, export_onnx
 from exporter.onnx_runner import OnnxRunner
@@ -74,10 +76,12 @@ class _Clock:
 
     progress: Progress
     seconds: dict[str, float] = field(default_factory=dict)
+    running: str | None = None
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Callable[[float], None]]:
         start = time.perf_counter()
+        self.running = name
         self.progress(name, 0.0)
         yield lambda fraction: self.progress(name, min(fraction, 1.0))
         self.seconds[name] = round(time.perf_counter() - start, 3)
@@ -105,11 +109,12 @@ def run(
     decision = decide_engine(
         asked, backend, spec.precision, allow_emulated=spec.build.allow_emulated
     )
-    with BundleWriter(spec.out) as writer:
+    with told_if_failed(spec, clock) as scene, BundleWriter(spec.out) as writer:
         with clock.stage("load"):
-            inputs = inputs or prepare(spec)
+            inputs = scene.inputs = inputs or prepare(spec)
         with clock.stage("reparameterize"):
             judge = Judge(spec, inputs.source, inputs.evaluation, inputs.interface)
+            scene.judge = judge
             fused = _reparameterize(inputs, judge)
         model, verdict = _export(spec, inputs, fused.module, judge, clock)
         precise = apply_precision(spec, inputs, model, judge, clock.stage)
@@ -141,6 +146,7 @@ def run(
         with clock.stage("publish"):
             notes = inputs.source.notes + inputs.notes + fused.notes + precise.notes + judge.notes
             notes += engine.notes
+            gather(judge, model, precise.model, precise.graph, str(spec.precision))
             write_evidence(writer, inputs, judge, engine, precise.table)
             document = manifest(
                 spec,
@@ -151,7 +157,7 @@ def run(
                 recipe=precise.table.method if precise.table else None,
                 notes=notes,
             )
-            report.write(writer, document, judge.ledger, engine.to_json(), clock.seconds)
+            write_report(writer, document, inputs, judge, engine, seconds=clock.seconds)
             published = writer.publish(document)
     return ExportResult(
         bundle=published,
@@ -191,8 +197,9 @@ def _export(
             model = export_network(fused, inputs.interface, spec.title, metadata)
         judge.check("onnx", OnnxRunner(model).run)
     with clock.stage("simplify"):
-        model = simplify(model, judge.samples(SIMPLIFY_SAMPLE))
-        judge.check("simplified", OnnxRunner(model).run)
+        exported, model = model, simplify(model, judge.samples(SIMPLIFY_SAMPLE))
+        pair = GraphPair(reference="onnx", good=exported, bad=model)
+        judge.check("simplified", OnnxRunner(model).run, graphs=pair)
         if plain is not None:
             verdict = contract.require(model, plain.variant, plain.num_classes)
         else:

@@ -15,6 +15,7 @@ from exporter.errors import InputError
 from exporter.inputs import Inputs
 from exporter.int8 import Int8Request, choose
 from exporter.judge import Judge
+from exporter.localization import GraphPair
 from exporter.onnx_runner import OnnxRunner
 from exporter.parity import Gate
 from exporter.plain_chain import PlainChain, read_chain
@@ -61,7 +62,8 @@ def apply_precision(
         with stage("half"):
             require_half_range(largest_magnitudes(model, judge.batches()))
             graph = to_half(model)
-            judge.check("fp16", OnnxRunner(graph, optimize=False).run, gate)
+            pair = GraphPair(reference="simplified", good=model, bad=graph)
+            judge.check("fp16", OnnxRunner(graph, optimize=False).run, gate, pair)
         return Precise(model=model, graph=graph)
     if inputs.source.trained is not None:
         return _quantize_trained(spec, inputs, model, judge, stage)
@@ -97,7 +99,8 @@ def _quantize_trained(
             preprocess=inputs.preprocess,
         )
         gate = _precision_gate(spec, inputs.source)
-        judge.check("int8", OnnxRunner(made.graph).run, gate)
+        pair = GraphPair(reference="simplified", good=model, bad=made.graph)
+        judge.check("int8", OnnxRunner(made.graph).run, gate, pair)
     return Precise(
         model=model,
         graph=made.graph,
@@ -165,7 +168,8 @@ def _replay(
         if chain is not None:
             judge.recheck("simplified", OnnxRunner(made.model).run)
         gate = _precision_gate(spec, inputs.source)
-        judge.check("int8", OnnxRunner(made.graph).run, gate)
+        pair = GraphPair(reference="simplified", good=made.model, bad=made.graph)
+        judge.check("int8", OnnxRunner(made.graph).run, gate, pair)
     return Precise(
         model=made.model,
         graph=made.graph,

@@ -13,7 +13,7 @@ from exporter.errors import GateFailedError
 from exporter.image_set import ImageSet, LabelArray, outputs_of
 from exporter.layer_figures import LayerTable
 from exporter.ledger import Ledger, MixedPrecision, Rung
-from exporter.localization import GraphPair, localize
+from exporter.localization import Suspect
 from exporter.network import Interface, resized, torch_runner
 from exporter.onnx_runner import BATCH_SIZE, Batch, Outputs, Runner
 from exporter.parity import Gate, StageResult
@@ -145,7 +145,7 @@ class Judge:
             classifier=self._interface.num_classes is not None,
         )
 
-    def add(self, result: StageResult, advice: str = "", graphs: GraphPair | None = None) -> None:
+    def add(self, result: StageResult, advice: str = "", graphs: Suspect | None = None) -> None:
         """Add a row to the ledger; ``advice`` is a further clause for the error.
 
         ``graphs`` are searched for the layer at fault if the row fails.
@@ -165,10 +165,14 @@ class Judge:
                 evidence=self.ledger.to_json(),
             )
 
-    def localize(self, stage: str, graphs: GraphPair) -> Localization | None:
+    def localize(self, stage: str, graphs: Suspect) -> Localization | None:
         """Search ``graphs`` for the layer at fault; what is found is in the ledger too."""
-        (batch, *_) = self.samples(LOCALIZATION_IMAGES)
-        found = localize(stage, graphs, batch)
+        found: Localization | None = None
+        # A graph may be right at one size and wrong at another.
+        for batch in self.samples(LOCALIZATION_IMAGES):
+            found = graphs.localize(stage, batch)
+            if found is not None and found.first is not None:
+                break
         self.ledger = replace(self.ledger, localization=found)
         return found
 
@@ -177,7 +181,7 @@ class Judge:
         stage: str,
         run: Runner,
         gate: Gate | None = None,
-        graphs: GraphPair | None = None,
+        graphs: Suspect | None = None,
     ) -> None:
         """Score a stage and add its row; ``graphs`` as in :meth:`add`.
 

@@ -36,6 +36,7 @@ from exporter.inputs import Inputs, prepare
 from exporter.judge import Judge
 from exporter.ledger import Ledger
 from exporter.localization import GraphPair
+from exporter.module_localization import ModulePair
 from exporter.network import torch_runner
 from exporter.onnx_export import export_network, export_onnx
 from exporter.onnx_runner import OnnxRunner
@@ -195,11 +196,12 @@ def _export(
             model = export_onnx(plain, (height, width), metadata, free_size=free_size)
         else:
             model = export_network(fused, inputs.interface, spec.title, metadata)
-        judge.check("onnx", OnnxRunner(model).run)
+        pair = ModulePair(module=fused, interface=inputs.interface, graph=model)
+        judge.check("onnx", OnnxRunner(model).run, graphs=pair)
     with clock.stage("simplify"):
         exported, model = model, simplify(model, judge.samples(SIMPLIFY_SAMPLE))
-        pair = GraphPair(reference="onnx", good=exported, bad=model)
-        judge.check("simplified", OnnxRunner(model).run, graphs=pair)
+        simplified = GraphPair(reference="onnx", good=exported, bad=model)
+        judge.check("simplified", OnnxRunner(model).run, graphs=simplified)
         if plain is not None:
             verdict = contract.require(model, plain.variant, plain.num_classes)
         else:

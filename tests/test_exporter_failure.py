@@ -87,6 +87,21 @@ def test_a_weight_flipped_between_export_and_simplification_names_its_layer(
     assert LAYER_9 == error.evidence["localization"]["layer"]
 
 
+def test_a_weight_flipped_in_the_export_names_its_module(
+    failed: Failed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last good stage is the torch network: its modules are what the graph is held against."""
+    real = pipeline.export_onnx
+    monkeypatch.setattr(pipeline, "export_onnx", lambda *a, **k: flipped(real(*a, **k)))
+    error, _ = failed(precision="fp32")
+    assert str(error).startswith("parity failed at stage onnx: largest difference is ")
+    assert f"; the first layer that deviates is {LAYER_9.removesuffix('.conv')}: " in str(error)
+    assert error.evidence is not None
+    assert [True] == [
+        row["deviates"] for row in error.evidence["localization"]["rows"] if row["sqnr_db"] < 100
+    ]
+
+
 def test_what_simplification_itself_breaks_is_named_too(
     failed: Failed, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from exporter import report
 from exporter.bundle import dumps
-from exporter.errors import GateFailedError
+from exporter.errors import GateFailedError, InputError
 from exporter.evidence import pictures, what_went_in
 from exporter.inputs import Inputs
 from exporter.judge import Judge
@@ -53,7 +53,7 @@ def told_if_failed(spec: ExportSpec, clock: StageClock) -> Iterator[Scene]:
     """Run an export; if a gate fails after the network was loaded, write the two files.
 
     The error that comes out is the gate's own; its ``report`` is the page. A page that cannot be
-    written changes nothing but that.
+    written, or whose images have vanished, changes nothing but that.
     """
     scene = Scene()
     for path in failure_paths(spec.out):
@@ -63,7 +63,7 @@ def told_if_failed(spec: ExportSpec, clock: StageClock) -> Iterator[Scene]:
         yield scene
     except GateFailedError as error:
         if scene.inputs is not None and scene.judge is not None:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, InputError):
                 error.report = _write(spec, clock, scene.inputs, scene.judge, error)
         raise
 

@@ -152,10 +152,10 @@ def _compare(
 
 
 def _channel_power(values: FloatArray) -> Doubles:
-    """E[x_c^2] ``[C]``; the channels are the second axis."""
+    """E[x_c^2] ``[C]``; the channels are the second axis, where there is one."""
     squares = values.astype(np.float64) ** 2
     axes = tuple(axis for axis in range(values.ndim) if axis != 1)
-    return np.asarray(squares.mean(axis=axes))
+    return np.atleast_1d(squares.mean(axis=axes))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -215,7 +215,9 @@ class _Rounding:
         powers: Mapping[str, Doubles],
         tensor: str,
     ) -> float:
-        input_power, result_power = powers[good.input[0]], float(powers[tensor].sum())
+        if good.input[0] not in powers:
+            return _FLOAT8[0]
+        input_power = powers[good.input[0]]
         rounding_in = float(self._step(quantizers[0])[0]) ** 2 / 12
         tensor_of = self.weights.get(good.input[1]) if len(good.input) > 1 else None
         if tensor_of is None or good.op_type not in QUANTIZED_OPS:
@@ -223,13 +225,16 @@ class _Rounding:
             return _decibel(float(input_power.sum()), rounding_in * len(input_power))
         weights = _by_output(numpy_helper.to_array(tensor_of).astype(np.float64), good)
         outputs, taps = len(weights), weights.shape[-1]
+        if good.op_type == "MatMul":
+            # The second axis of its operand need not be the one that it sums over.
+            input_power = np.full(weights.shape[1], input_power.mean())
         terms = weights.reshape(outputs, -1)
         groups = len(input_power) // weights.shape[1]
         read = input_power.reshape(groups, -1).sum(axis=1) * taps
         per_output = np.repeat(read, outputs // groups)
         rounding_weights = self._step(quantizers[1]) ** 2 / 12
         noise = rounding_in * (terms**2).sum(axis=1) + rounding_weights * per_output
-        return _decibel(result_power, float(noise.sum()))
+        return _decibel(float(powers[tensor].mean()) * outputs, float(noise.sum()))
 
 
 def _by_output(weights: Doubles, node: onnx.NodeProto) -> Doubles:

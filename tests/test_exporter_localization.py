@@ -191,6 +191,36 @@ def test_the_explained_noise_of_int8_is_what_quantizing_makes() -> None:
     assert max(differences) < 6, differences
 
 
+def test_products_of_matrices_are_judged_too() -> None:
+    """A MatMul over tokens [n, 5, 8]: healthy within its formula, and named once it is broken."""
+    random = np.random.default_rng(0)
+    weight = random.standard_normal((8, 12)).astype(np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["images", "w"], ["logits"], name="product")],
+        "tokens",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["n", 5, 8])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", 5, 12])],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    batch = (random.standard_normal((4, 5, 8)).astype(np.float32),)
+    table = table_by(
+        "minmax", observe_boundaries(model, [batch]), model, {"sha256": "0" * 64, "images": 4}, None
+    )
+    good = quantize(model, table)
+    found = localize("int8", GraphPair(reference="onnx", good=model, bad=good), batch)
+    assert found is not None
+    (row,) = found.rows
+    assert not row.deviates
+    assert abs(row.sqnr_db - row.explained_db) < 3
+    scale = next(tensor for tensor in good.graph.initializer if tensor.name == "w.scale")
+    scale.CopyFrom(numpy_helper.from_array(2 * numpy_helper.to_array(scale), "w.scale"))
+    found = localize("int8", GraphPair(reference="onnx", good=model, bad=good), batch)
+    assert found is not None
+    assert found.first is not None
+    assert "product" == found.first.name
+
+
 def test_graphs_without_a_common_tensor_are_not_compared() -> None:
     """Nothing is claimed about them."""
     model, other = chain(0), chain(0)

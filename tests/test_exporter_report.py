@@ -160,6 +160,12 @@ def test_a_failed_run_shows_the_layer_first(report_content: ReportContent) -> No
     assert "engine" not in Page(text).ids
     whole = replace(content, parity=report_content.parity, failure="onnxsim failed: why")
     assert "Onnxsim failed: why." in html(whole)
+    # A block that cannot be fused exactly: nothing was compared yet.
+    empty = {**report_content.parity, "stages": []}
+    for key in ("ladder", "mixed_precision", "layers", "worst_images"):
+        del empty[key]
+    early = Page(html(replace(content, parity=empty, failure="why", failed_in="reparameterize")))
+    assert {"road", "parity", "inputs", "again"} == set(early.ids) & set(SECTIONS) - {"cost"}
 
 
 def test_stations_tell_status_closeness_and_time(report_content: ReportContent) -> None:

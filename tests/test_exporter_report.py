@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -18,13 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calibration.images import Preprocess
-from exporter.cli import build_parser
 from exporter.report import ReportContent, html, junit_xml, thumbnails
-from exporter.report.command import command_line
 from exporter.report.numbers import decibel, points, seconds, significant, size, times
 from exporter.report.plots import linear, logarithmic
 from exporter.report.road import stations
-from exporter.spec import ExportRequest, Recipe, validate
 
 SECTIONS = (
     "road", "parity", "recipes", "mixed", "layers", "ranges", "images", "engine", "inputs",
@@ -181,46 +177,6 @@ def test_stations_tell_status_closeness_and_time(report_content: ReportContent) 
     ] == [(s.name, s.status, s.figure, s.taken) for s in found]
     last = stations({"stages": []}, {"load": 1.0}, "int8", "simplify")[-1]
     assert ("simplify", "fail") == (last.name, last.status)
-
-
-TEXT = st.text("abc /'\"$-", min_size=1, max_size=8).map(lambda text: f"x{text}")
-REQUESTS = st.builds(
-    ExportRequest,
-    model=st.just("A0"),
-    weights=st.sampled_from([None, "random", "hub"]),
-    calibration=st.none() | TEXT,
-    calibration_images=st.integers(1, 999),
-    evaluation=st.none() | TEXT,
-    evaluation_images=st.integers(1, 999),
-    recipe=st.sampled_from([None, *map(str, Recipe)]),
-    keep_float=st.sampled_from([None, "stage0.conv,linear"]),
-    target=st.sampled_from([None, "orin,sm86"]),
-    batch=st.sampled_from([None, "1:2:4"]),
-    image_size=st.sampled_from([None, "96", "96x64"]),
-    preprocess=st.sampled_from([None, "imagenet"]),
-    out=st.none() | TEXT,
-    skip_bad_images=st.booleans(),
-    min_sqnr_db=st.none() | st.floats(1, 60),
-    min_agreement=st.none() | st.floats(0, 1),
-    max_drop=st.none() | st.floats(0, 5),
-    per_tensor_weights=st.booleans(),
-    power_of_two=st.booleans(),
-    dla=st.sampled_from([None, 0]),
-    gpu_fallback=st.booleans(),
-    optimization_level=st.sampled_from([None, 3]),
-    workspace_mib=st.sampled_from([None, 512]),
-)
-
-
-@given(REQUESTS)
-def test_the_command_line_makes_the_same_request_again(request: ExportRequest) -> None:
-    """Read back by the command's own parser, paths with spaces and quotes included."""
-    spec = validate(request)
-    words = shlex.split(command_line(spec.to_json()))
-    assert "repvgg-export" == words[0]
-    options = vars(build_parser().parse_args(words[1:]))
-    again = ExportRequest(**{name: options[name] for name in ExportRequest.__dataclass_fields__})
-    assert spec.to_json() == validate(again).to_json()
 
 
 def test_junit_counts_what_failed_and_what_did_not_run(report_content: ReportContent) -> None:

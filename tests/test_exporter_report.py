@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibration.images import Preprocess
@@ -202,6 +202,7 @@ def test_figures_as_people_read_them() -> None:
     assert ("\u00d72.00", "\u00d717.4") == (times(2.0), times(17.44))
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=20), st.booleans())
 def test_a_linear_axis_holds_its_values_between_round_ticks(
     values: list[float], from_zero: bool
@@ -217,6 +218,7 @@ def test_a_linear_axis_holds_its_values_between_round_ticks(
     assert ordered == sorted(ordered)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(1e-12, 1e12), min_size=1, max_size=20))
 def test_a_logarithmic_axis_holds_its_values_between_decades(values: list[float]) -> None:
     """At most seven ticks, however many decades."""

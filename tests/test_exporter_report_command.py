@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from exporter.cli import build_parser
@@ -55,6 +55,7 @@ def test_every_option_is_in_the_test_below() -> None:
     assert set(ExportRequest.__dataclass_fields__) == {*OPTIONS, "image_size", "dynamic_size"}
 
 
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.fixed_dictionaries(OPTIONS), SIZES)
 def test_the_command_line_makes_the_same_request_again(
     options: dict[str, Any], sizes: tuple[str | None, str | None]

@@ -108,6 +108,10 @@ class BundleWriter:
         """Write a UTF-8 file."""
         self.path(name).write_text(text, encoding="utf-8")
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file that has been written, by name."""
+        return {path.name: path.stat().st_size for path in sorted(self.path(".").iterdir())}
+
     def publish(self, manifest: Mapping[str, Any]) -> Bundle:
         """Add ``files`` (sha256 and size of each) to ``manifest``, write it, move into place.
 

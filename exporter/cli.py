@@ -178,12 +178,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.debug:
             traceback.print_exc()
         evidence = error.evidence if isinstance(error, GateFailedError) else None
+        page = error.report if isinstance(error, GateFailedError) else None
         if options.json:
             failure = {"error": str(error), "exit_code": error.exit_code}
-            print(json.dumps(failure | ({"parity": evidence} if evidence else {})))
+            failure |= {"parity": evidence} if evidence else {}
+            print(json.dumps(failure | ({"report": str(page)} if page else {})))
         elif evidence:
             print_ledger(evidence, "what was measured until then")
         print(f"repvgg-export: {error}", file=sys.stderr)
+        if page:
+            print(f"the report of the failure: {page}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
         # Whoever read the result (`| head`) has seen enough; nothing more is written to it.

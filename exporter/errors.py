@@ -14,6 +14,7 @@ or two lines; the command line prints them as they are.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 EXIT_DONE = 0
@@ -29,14 +30,24 @@ class ExporterError(Exception):
 class GateFailedError(ExporterError):
     """A gate (parity, accuracy, graph contract, half range) failed.
 
-    ``evidence`` is the ledger up to there as parity.json would hold it, where there is one.
+    ``evidence`` is the ledger up to there as parity.json would hold it, where there is one;
+    ``localization`` names the layer at fault, as the ledger holds it. ``report`` is the page that
+    shows both, once it is written.
     """
 
     exit_code: ClassVar[int] = 1
 
-    def __init__(self, message: str, *, evidence: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        evidence: Mapping[str, Any] | None = None,
+        localization: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__(message)
         self.evidence = evidence
+        self.localization = localization
+        self.report: Path | None = None
 
 
 class InputError(ExporterError):

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from torch import nn
 
 from calibration.table import CalibrationTable
 from exporter import bundle as files
+from exporter import report
 from exporter.bundle import BundleWriter
 from exporter.contract import ContractVerdict
 from exporter.fused_blocks import Fused
 from exporter.inputs import Inputs
 from exporter.judge import Judge
+from exporter.layers import measure_layers
 from exporter.network import Interface, multiply_accumulates
+from exporter.onnx_runner import FloatArray
 from exporter.plan_engine import EngineOutcome
 from exporter.prologue import Prologue, normalized
 from exporter.provenance import created, versions
+from exporter.report import ReportContent
 from exporter.spec import ExportSpec, Precision
 
 REFERENCE_IMAGES = 8
@@ -65,6 +70,22 @@ def write_calibration(
     return writer.path(files.CALIBRATION_CACHE)
 
 
+def gather(
+    judge: Judge,
+    exported: onnx.ModelProto,
+    model: onnx.ModelProto,
+    graph: onnx.ModelProto,
+    precision: str,
+) -> None:
+    """Put into the ledger what is measured for the report alone: figures of every layer.
+
+    The graphs are those of :func:`exporter.layers.measure_layers`.
+    """
+    (batch, *_) = judge.samples(REFERENCE_IMAGES)
+    compared = graph if graph is not model else None
+    judge.record_layers(measure_layers(exported, model, compared, precision, batch))
+
+
 def write_evidence(
     writer: BundleWriter,
     inputs: Inputs,
@@ -86,6 +107,42 @@ def write_evidence(
     writer.write_text(files.PARITY, files.dumps(judge.ledger.to_json()))
 
 
+def write_report(
+    writer: BundleWriter,
+    document: Mapping[str, Any],
+    inputs: Inputs,
+    judge: Judge,
+    engine: EngineOutcome,
+    *,
+    seconds: Mapping[str, float],
+) -> None:
+    """Add junit.xml and report.html to a bundle that has all its other files but the manifest."""
+    spec, parity = document["spec"], judge.ledger.to_json()
+    suite = f"repvgg.{spec['variant'] or spec['name']}.{spec['precision']}"
+    writer.write_text(files.JUNIT, report.junit_xml(parity, suite))
+    content = ReportContent(
+        manifest=document,
+        parity=parity,
+        engine=engine.to_json(),
+        seconds=seconds,
+        files=writer.sizes(),
+        pictures=pictures(inputs, judge),
+    )
+    writer.write_text(files.REPORT, report.html(content))
+
+
+def pictures(inputs: Inputs, judge: Judge) -> dict[int, str]:
+    """Thumbnails of the worst images, from the first input that is one."""
+    rows = judge.ledger.worst_images.rows if judge.ledger.worst_images else ()
+    images: dict[int, FloatArray] = {}
+    for row in rows:
+        arrays = [array[0] for array in inputs.evaluation.image(row.index)]
+        shown = [array for array in arrays if report.is_picture(array)]
+        if shown:
+            images[row.index] = shown[0]
+    return report.thumbnails(images, inputs.preprocess)
+
+
 def manifest(
     spec: ExportSpec,
     inputs: Inputs,
@@ -98,25 +155,16 @@ def manifest(
     half_scales: bool,
     notes: tuple[str, ...],
 ) -> dict[str, Any]:
-    source, interface = inputs.source, inputs.interface
-    calibration = None
-    if inputs.calibration is not None:
-        calibration = {"recipe": recipe, **inputs.calibration.to_json()}
-        calibration["data"] = inputs.data.to_json() if inputs.data else None
+    interface = inputs.interface
     worst = max(fused.blocks, key=lambda block: block.relative, default=None)
     return {
-        "created": created(),
+        **what_went_in(spec, inputs, recipe),
         "model": _model(spec, inputs.interface, fused.module),
         "inputs": [
             prologue.port(port.name, port.shape) if prologue else port.to_json()
             for port in interface.inputs
         ],
         "outputs": [port.to_json() for port in interface.outputs],
-        "class_names": list(source.class_names) if source.class_names else None,
-        "weights": source.origin,
-        "calibration": calibration,
-        "evaluation": inputs.evaluation.to_json(),
-        "preprocess": inputs.preprocess.to_json() if inputs.preprocess else None,
         "contract": {
             **verdict.to_json(),
             "prologue": list(prologue.operators) if prologue else [],
@@ -128,9 +176,26 @@ def manifest(
         },
         "targets": list(engine.targets),
         "half_scales": half_scales,
+        "notes": list(notes),
+    }
+
+
+def what_went_in(spec: ExportSpec, inputs: Inputs, recipe: str | None = None) -> dict[str, Any]:
+    """The part of the manifest that is known before anything has been made."""
+    source = inputs.source
+    calibration = None
+    if inputs.calibration is not None:
+        calibration = {"recipe": recipe, **inputs.calibration.to_json()}
+        calibration["data"] = inputs.data.to_json() if inputs.data else None
+    return {
+        "created": created(),
+        "class_names": list(source.class_names) if source.class_names else None,
+        "weights": source.origin,
+        "calibration": calibration,
+        "evaluation": inputs.evaluation.to_json(),
+        "preprocess": inputs.preprocess.to_json() if inputs.preprocess else None,
         "versions": versions(),
         "spec": spec.to_json(),
-        "notes": list(notes),
     }
 
 

@@ -12,7 +12,14 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from calibration.images import ImageDataError, ImageFolder, Preprocess, batches, unreadable
+from calibration.images import (
+    ImageDataError,
+    ImageFolder,
+    Preprocess,
+    batches,
+    load_image,
+    unreadable,
+)
 from exporter.errors import InputError
 from exporter.onnx_runner import BATCH_SIZE, Batch, FloatArray, Outputs, Runner
 
@@ -38,6 +45,14 @@ class ImageSet(Protocol):
 
     def labels(self, class_names: Sequence[str] | None, num_classes: int) -> LabelArray | None:
         """Class indices ``[count]``, or None where the images carry no usable labels."""
+        ...
+
+    def image(self, index: int) -> Batch:
+        """One image as a batch of its own; raises InputError if it cannot be read."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What a person can find the image by."""
         ...
 
     def to_json(self) -> dict[str, Any]:
@@ -93,6 +108,15 @@ class FolderImages:
             return None
         return np.array([classes.index(name) for name in names], dtype=np.int64)
 
+    def image(self, index: int) -> Batch:
+        try:
+            return (load_image(self.folder.files[index], self.preprocess)[None],)
+        except ImageDataError as error:
+            raise InputError(str(error)) from error
+
+    def name(self, index: int) -> str:
+        return self.folder.files[index].relative_to(self.folder.root).as_posix()
+
     def to_json(self) -> dict[str, Any]:
         try:
             digest = self.folder.sha256()
@@ -141,6 +165,16 @@ class ArrayImages:
         num_classes: int,  # noqa: ARG002
     ) -> LabelArray | None:
         return None
+
+    def image(self, index: int) -> Batch:
+        for chunk in self.chunks:
+            if index < len(chunk[0]):
+                return tuple(array[index : index + 1] for array in chunk)
+            index -= len(chunk[0])
+        raise IndexError("there are fewer images")
+
+    def name(self, index: int) -> str:
+        return f"image {index}"
 
     def to_json(self) -> dict[str, Any]:
         digest = hashlib.sha256()

@@ -10,6 +10,7 @@ import onnx
 from exporter.errors import InputError
 from exporter.judge import Judge
 from exporter.ladder import climb
+from exporter.localization import GraphPair
 from exporter.mixed_precision import keep_enough, predicted, unmixed
 from exporter.onnx_runner import OnnxRunner
 from exporter.parity import Gate, StageResult
@@ -60,7 +61,8 @@ def choose(
     if quantizer.rescales:
         # Equalization changes no float result: the graph that is published is judged anew.
         judge.recheck("simplified", OnnxRunner(made.model).run)
-    judge.add(result, advice)
+    pair = GraphPair(reference="simplified", good=made.model, bad=made.graph)
+    judge.add(result, advice, pair)
     return made, mixed.kept if mixed else ()
 
 

@@ -8,19 +8,25 @@ from dataclasses import replace
 
 from exporter import parity
 from exporter.comparison import accuracy
+from exporter.deviation import Localization
 from exporter.errors import GateFailedError
 from exporter.image_set import ImageSet, LabelArray, outputs_of
+from exporter.layer_figures import LayerTable
 from exporter.ledger import Ledger, MixedPrecision, Rung
+from exporter.localization import Suspect
 from exporter.network import Interface, resized, torch_runner
 from exporter.onnx_runner import BATCH_SIZE, Batch, Outputs, Runner
 from exporter.parity import Gate, StageResult
 from exporter.prologue import Prologue
 from exporter.source import Source
 from exporter.spec import ExportSpec
+from exporter.worst_images import WorstImages, worst_images
 
 MAX_OUTPUT_BYTES = 256 << 20
 """Of the original's outputs that are kept to compare with; large feature maps need fewer images."""
 
+LOCALIZATION_IMAGES = 4
+"""Rounding is found on one image; a few more reach channels that are seldom active."""
 
 FLOAT_STAGES = ("onnx", "simplified")
 UNQUANTIZED = "original without its quantizers"
@@ -45,6 +51,8 @@ class Judge:
         self._prologue = prologue
         self._spec = spec
         self._interface = interface
+        self._class_names = source.class_names
+        self._scored: list[tuple[StageResult, WorstImages]] = []
         self._count = images.count
         trained = source.trained
         run = trained.run if trained else torch_runner(source.module, interface)
@@ -117,39 +125,84 @@ class Judge:
         the same network without them.
         """
         is_float = self._unquantized is not None and stage in FLOAT_STAGES
+        reference = self._unquantized if is_float and self._unquantized else self.original
+        outputs = outputs_of(run, self.batches())
         result = parity.judge_outputs(
             stage,
-            self._unquantized if is_float and self._unquantized else self.original,
-            outputs_of(run, self.batches()),
+            reference,
+            outputs,
             gate=gate,
             labels=self.labels,
             classifier=self._interface.num_classes is not None,
         )
-        return replace(result, reference=UNQUANTIZED) if is_float else result
+        result = replace(result, reference=UNQUANTIZED) if is_float else result
+        worst = self._worst_images(result, reference, outputs)
+        self._scored += [(result, worst)] if worst else []
+        return result
 
-    def add(self, result: StageResult, advice: str = "") -> None:
+    def _worst_images(
+        self, result: StageResult, reference: Outputs, outputs: Outputs
+    ) -> WorstImages | None:
+        """By the first output; None where not every image has a row in it."""
+        name = next(iter(reference))
+        if result.comparison is None or len(reference[name]) != self._count:
+            return None
+        return worst_images(
+            result.stage,
+            reference[name],
+            outputs[name],
+            names=[self._images.name(index) for index in range(self._count)],
+            labels=self.labels,
+            class_names=self._class_names,
+            classifier=self._interface.num_classes is not None,
+        )
+
+    def add(self, result: StageResult, advice: str = "", graphs: Suspect | None = None) -> None:
         """Add a row to the ledger; ``advice`` is a further clause for the error.
+
+        ``graphs`` are searched for the layer at fault if the row fails.
 
         Raises:
             GateFailedError: if the row says so; with the whole ledger as evidence.
         """
-        self.ledger = self.ledger.with_stage(result)
+        worst = next((worst for scored, worst in self._scored if scored is result), None)
+        self._scored = [item for item in self._scored if item[0].stage != result.stage]
+        self.ledger = replace(self.ledger.with_stage(result), worst_images=worst)
         if result.status == "fail":
+            if graphs is not None and (found := self.localize(result.stage, graphs)):
+                advice = f"{found.sentence}{'; ' if advice else ''}{advice}"
             raise GateFailedError(
                 f"parity failed at stage {result.stage}: {result.reason}"
                 f"{'; ' if advice else ''}{advice}; nothing was published",
                 evidence=self.ledger.to_json(),
             )
 
-    def check(self, stage: str, run: Runner, gate: Gate | None = None) -> None:
-        """Score a stage and add its row.
+    def localize(self, stage: str, graphs: Suspect) -> Localization | None:
+        """Search ``graphs`` for the layer at fault; what is found is in the ledger too."""
+        found: Localization | None = None
+        # A graph may be right at one size and wrong at another.
+        for batch in self.samples(LOCALIZATION_IMAGES):
+            found = graphs.localize(stage, batch)
+            if found is not None and found.first is not None:
+                break
+        self.ledger = replace(self.ledger, localization=found)
+        return found
+
+    def check(
+        self,
+        stage: str,
+        run: Runner,
+        gate: Gate | None = None,
+        graphs: Suspect | None = None,
+    ) -> None:
+        """Score a stage and add its row; ``graphs`` as in :meth:`add`.
 
         Raises:
             GateFailedError: if it fails its gate.
         """
         frozen = stage == "onnx" and self._spec.variant is None
         advice = "tracing freezes what Python computes from shapes or values" if frozen else ""
-        self.add(self.score(stage, run, gate), advice)
+        self.add(self.score(stage, run, gate), advice, graphs)
 
     def recheck(self, stage: str, run: Runner, gate: Gate | None = None) -> None:
         """Judge a stage again whose graph was replaced; the row is replaced too."""
@@ -163,6 +216,10 @@ class Judge:
     def record_int8(self, ladder: tuple[Rung, ...], mixed: MixedPrecision | None) -> None:
         """Put the ladder and the Pareto list into the ledger."""
         self.ledger = replace(self.ledger, ladder=ladder, mixed_precision=mixed)
+
+    def record_layers(self, layers: LayerTable) -> None:
+        """Put the figures of the layers into the ledger."""
+        self.ledger = replace(self.ledger, layers=layers)
 
     def skip(self, stage: str, reason: str) -> None:
         """Add a row for a stage that did not run."""

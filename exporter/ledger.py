@@ -7,7 +7,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from calibration.sensitivity import ParetoPoint
+from exporter.deviation import Localization
+from exporter.layer_figures import LayerTable
 from exporter.parity import Gate, StageResult
+from exporter.worst_images import WorstImages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +85,10 @@ class MixedPrecision:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ledger:
-    """All stages in order. ``images`` says in words which images were compared."""
+    """All stages in order. ``images`` says in words which images were compared.
+
+    ``localization`` is there where a stage failed and its graph could be searched.
+    """
 
     stages: tuple[StageResult, ...]
     images: str
@@ -90,6 +96,9 @@ class Ledger:
     original_top1: float | None = None
     ladder: tuple[Rung, ...] = ()
     mixed_precision: MixedPrecision | None = None
+    layers: LayerTable | None = None
+    worst_images: WorstImages | None = None
+    localization: Localization | None = None
 
     @property
     def verdict(self) -> str:
@@ -118,4 +127,7 @@ class Ledger:
             "stages": [stage.to_json() for stage in self.stages],
             **({"ladder": [rung.to_json() for rung in self.ladder]} if self.ladder else {}),
             **({"mixed_precision": mixed.to_json()} if mixed else {}),
+            **({"layers": self.layers.to_json()} if self.layers else {}),
+            **({"worst_images": self.worst_images.to_json()} if self.worst_images else {}),
+            **({"localization": self.localization.to_json()} if self.localization else {}),
         }

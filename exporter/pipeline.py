@@ -17,7 +17,7 @@ import onnx
 from torch import nn
 
 from exporter import bundle as files
-from exporter import contract, report
+from exporter import contract
 from exporter.annotation import Description, annotate, annotate_precision
 from exporter.bundle import Bundle, BundleWriter
 from exporter.contract import ContractVerdict
@@ -31,12 +31,22 @@ from exporter.engine import (
     engine_not_run_reason,
 )
 from exporter.errors import InputError
-from exporter.evidence import graph_metadata, manifest, write_calibration, write_evidence
+from exporter.evidence import (
+    gather,
+    graph_metadata,
+    manifest,
+    write_calibration,
+    write_evidence,
+    write_report,
+)
+from exporter.failure import told_if_failed
 from exporter.fused_blocks import Fused, expected_blocks, fuse
 from exporter.graph import pointwise_convolutions, quantizable
 from exporter.inputs import Inputs, prepare
 from exporter.judge import Judge
 from exporter.ledger import Ledger
+from exporter.localization import GraphPair
+from exporter.module_localization import ModulePair
 from exporter.network import torch_runner
 from exporter.onnx_export import export_network, export_onnx
 from exporter.onnx_runner import OnnxRunner
@@ -85,10 +95,12 @@ class _Clock:
 
     progress: Progress
     seconds: dict[str, float] = field(default_factory=dict)
+    running: str | None = None
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Callable[[float], None]]:
         start = time.perf_counter()
+        self.running = name
         self.progress(name, 0.0)
         yield lambda fraction: self.progress(name, min(fraction, 1.0))
         self.seconds[name] = round(time.perf_counter() - start, 3)
@@ -117,21 +129,22 @@ def run(
         asked, backend, spec.precision, allow_emulated=spec.build.allow_emulated
     )
     _require_possible(spec, asked, backend, decision)
-    with BundleWriter(spec.out) as writer:
+    with told_if_failed(spec, clock) as scene, BundleWriter(spec.out) as writer:
         with clock.stage("load"):
-            inputs = inputs or prepare(spec)
+            inputs = scene.inputs = inputs or prepare(spec)
             prologue = choose_prologue(spec, inputs)
         with clock.stage("reparameterize"):
             judge = Judge(spec, inputs.source, inputs.evaluation, inputs.interface, prologue)
+            scene.judge = judge
             fused = _reparameterize(inputs, judge)
         model, verdict = _export(spec, inputs, fused.module, judge, clock)
         precise = apply_precision(
             spec, inputs, model, judge, clock.stage, half_scales=decision.emulated
         )
         kept = {*spec.keep_float, *precise.kept_half, *precise.kept_float}
-        precise = _described(spec, precise, kept)
+        plain = _described(spec, precise, kept)
         precise = precede(
-            precise,
+            plain,
             prologue,
             judge,
             clock.stage,
@@ -169,6 +182,7 @@ def run(
         with clock.stage("publish"):
             notes = inputs.source.notes + inputs.notes + fused.notes + precise.notes + judge.notes
             notes += engine.notes
+            gather(judge, model, plain.model, plain.graph, str(spec.precision))
             write_evidence(writer, inputs, judge, engine, prologue)
             document = manifest(
                 spec,
@@ -181,7 +195,7 @@ def run(
                 half_scales=decision.emulated,
                 notes=notes,
             )
-            report.write(writer, document, judge.ledger, engine.to_json(), clock.seconds)
+            write_report(writer, document, inputs, judge, engine, seconds=clock.seconds)
             published = writer.publish(document)
     return ExportResult(
         bundle=published,
@@ -227,10 +241,12 @@ def _export(
             model = export_onnx(plain, (height, width), metadata, free_size=free_size)
         else:
             model = export_network(fused, inputs.interface, spec.title, metadata)
-        judge.check("onnx", OnnxRunner(model).run)
+        pair = ModulePair(module=fused, interface=inputs.interface, graph=model)
+        judge.check("onnx", OnnxRunner(model).run, graphs=pair)
     with clock.stage("simplify"):
-        model = simplify(model, judge.samples(SIMPLIFY_SAMPLE))
-        judge.check("simplified", OnnxRunner(model).run)
+        exported, model = model, simplify(model, judge.samples(SIMPLIFY_SAMPLE))
+        simplified = GraphPair(reference="onnx", good=exported, bad=model)
+        judge.check("simplified", OnnxRunner(model).run, graphs=simplified)
         if plain is not None:
             verdict = contract.require(model, plain.variant, plain.num_classes)
             blocks = {f"{layer.name}.weight": layer.name for layer in plain.variant.layers}

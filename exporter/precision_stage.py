@@ -17,6 +17,7 @@ from exporter.half_scales import to_half_scales
 from exporter.inputs import Inputs
 from exporter.int8 import Int8Request, choose
 from exporter.judge import Judge
+from exporter.localization import GraphPair
 from exporter.onnx_runner import OnnxRunner
 from exporter.parity import Gate
 from exporter.plain_chain import PlainChain, read_chain
@@ -114,7 +115,8 @@ def _narrow(
         graph = to_type(kind, model)
         way = runnable(graph, str(spec.precision))
         run = OnnxRunner(way.model, optimize=way.optimize).run
-        judge.check(str(spec.precision), run, _precision_gate(spec, inputs.source))
+        pair = GraphPair(reference="simplified", good=model, bad=graph)
+        judge.check(str(spec.precision), run, _precision_gate(spec, inputs.source), pair)
     return Precise(model=model, graph=graph, notes=way.notes)
 
 
@@ -136,7 +138,8 @@ def _fp8(
         judge.recheck("simplified", OnnxRunner(made.model).run)
         way = runnable(made.graph, str(spec.precision))
         run = OnnxRunner(way.model, optimize=way.optimize).run
-        judge.check(str(spec.precision), run, _precision_gate(spec, inputs.source))
+        pair = GraphPair(reference="simplified", good=made.model, bad=made.graph)
+        judge.check(str(spec.precision), run, _precision_gate(spec, inputs.source), pair)
     return Precise(model=made.model, graph=made.graph, table=made.table, kept_float=made.kept_float)
 
 
@@ -176,7 +179,8 @@ def _quantize_trained(
             preprocess=inputs.preprocess,
         )
         gate = _precision_gate(spec, inputs.source)
-        judge.check("int8", OnnxRunner(made.graph).run, gate)
+        pair = GraphPair(reference="simplified", good=model, bad=made.graph)
+        judge.check("int8", OnnxRunner(made.graph).run, gate, pair)
     return Precise(
         model=model,
         graph=made.graph,
@@ -241,7 +245,8 @@ def _replay(
         if chain is not None:
             judge.recheck("simplified", OnnxRunner(made.model).run)
         gate = _precision_gate(spec, inputs.source)
-        judge.check("int8", OnnxRunner(made.graph).run, gate)
+        pair = GraphPair(reference="simplified", good=made.model, bad=made.graph)
+        judge.check("int8", OnnxRunner(made.graph).run, gate, pair)
     return Precise(
         model=made.model,
         graph=made.graph,

@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 
 from exporter.errors import EnvironmentLackError, GateFailedError
+from exporter.localization import GraphPair, localize
 from exporter.onnx_runner import Batch, FloatArray, OnnxRunner
 
 # The current directory is taken off the path, because its files could shadow the libraries.
@@ -135,7 +136,16 @@ def _check_same_function(
     for sample in samples:
         expected, found = before.run(sample), after.run(sample)
         for name in before.output_names:
-            _check_same_values(name, expected[name], found[name])
+            try:
+                _check_same_values(name, expected[name], found[name])
+            except GateFailedError as error:
+                pair = GraphPair(reference="onnx", good=model, bad=simplified)
+                culprit = localize("simplified", pair, sample)
+                if culprit is None:
+                    raise
+                raise GateFailedError(
+                    f"{error}; {culprit.sentence}", localization=culprit.to_json()
+                ) from error
 
 
 def _check_same_values(name: str, expected: FloatArray, found: FloatArray) -> None:

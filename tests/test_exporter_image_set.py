@@ -194,3 +194,29 @@ def test_several_inputs_travel_together() -> None:
         assert [16, 16, 8] == [len(batch[0]) for batch in batches]
         for first, second in batches:
             np.testing.assert_array_equal(first.ravel(), -second.ravel())
+
+
+def test_single_images_are_those_of_the_batches() -> None:
+    """Counted through all chunks, every input; there is none behind the last."""
+    left = np.arange(40, dtype=np.float32).reshape(40, 1)
+    images = ArrayImages(chunks=((left[:7], -left[:7]), (left[7:], -left[7:])))
+    for index in (0, 6, 7, 39):
+        first, second = images.image(index)
+        assert ((1, 1), float(index), -float(index)) == (
+            first.shape, first.item(), second.item(),
+        )  # fmt: skip
+    assert "image 7" == images.name(7)
+    with pytest.raises(IndexError):
+        images.image(40)
+
+
+def test_a_file_is_found_by_its_name_within_the_folder(animals: Path) -> None:
+    """The image of an index is that of the batches; one that has vanished is named."""
+    images = opened(animals)
+    (batch, *_) = next(iter(images.batches()))
+    for index in range(len(batch)):
+        np.testing.assert_array_equal(batch[index], images.image(index)[0][0])
+        assert images.folder.files[index] == animals / images.name(index)
+    images.folder.files[0].unlink()
+    with pytest.raises(InputError, match=str(images.folder.files[0])):
+        images.image(0)

@@ -20,7 +20,10 @@ from models.registry import bundled_weights
 
 @pytest.fixture
 def refused(command, tmp_path):
-    """Run `engine`, require the exit code, one or two lines on stderr, and no trace under OUT."""
+    """Run `engine`, require the exit code, one or two lines on stderr, and no trace under OUT.
+
+    Beside it is the report of a failed gate, where the error says so.
+    """
 
     def run(code: int, *arguments: str, out: Path | None = None) -> str:
         folder = tmp_path / "out"
@@ -33,7 +36,14 @@ def refused(command, tmp_path):
         assert "" == process.stdout or 1 == code
         assert 1 <= len(process.stderr.strip().splitlines()) <= 2, process.stderr
         assert "Traceback" not in process.stderr
-        assert [] == list(folder.iterdir())
+        left = {path.name for path in folder.iterdir()}
+        told = (
+            {"bundle.failed.html", "bundle.failed.json"}
+            if "failed.html" in process.stderr
+            else set()
+        )
+        assert told == left
+        assert not told or 1 == code
         return process.stderr
 
     return run

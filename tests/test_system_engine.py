@@ -305,7 +305,22 @@ def test_report_html_is_self_contained_and_names_the_verdict(bundles):
     page = (bundles("int8")[0] / "report.html").read_text()
     assert "RepVGG-A0 at int8" in page
     assert "http" not in page.replace("http-equiv", "")
-    assert "22" in page
+    assert "int8 passed on 360 real images; engine did not run: " in page
+    for section in ("road", "parity", "recipes", "mixed", "layers", "ranges", "images", "engine"):
+        assert f'<section id="{section}"' in page
+    assert 8 == page.count('src="data:image/png;base64,')
+
+
+def test_parity_json_has_the_figures_of_every_layer(bundles):
+    """22 convolutions in INT8 and the classifier in float, each with its own error and ranges."""
+    parity = json.loads((bundles("int8")[0] / "parity.json").read_text())
+    rows = parity["layers"]["rows"]
+    assert ["int8"] * 22 + ["float"] == [row["computed_in"] for row in rows]
+    assert all(25 < row["sqnr_db"] <= row["own_sqnr_db"] + 1 for row in rows)
+    assert all(row["activations"]["before"]["largest"] > 0 for row in rows)
+    worst = parity["worst_images"]
+    assert ("int8", 0, 8) == (worst["stage"], worst["changed"], len(worst["rows"]))
+    assert "localization" not in parity
 
 
 def test_verify_accepts_a_fresh_bundle_and_names_a_flipped_byte(bundles, command, tmp_path):

@@ -42,7 +42,7 @@ def test_the_wheel_holds_exactly_the_three_packages_with_weights_and_template(tm
     assert {
         "models/weights/a0_digits.safetensors",
         "models/weights/registry.json",
-        "exporter/templates/report.html.j2",
+        "exporter/report/templates/report.html.j2",
     } <= found
 
 

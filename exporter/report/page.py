@@ -1,0 +1,109 @@
+"""Renders report.html: one file that needs nothing outside itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from exporter.report import numbers
+from exporter.report.command import command_line
+from exporter.report.content import ReportContent
+from exporter.report.layer_views import deviation_bars, layer_bars, spreads
+from exporter.report.recipe_views import half_curve, ladder
+from exporter.report.road import stations
+from exporter.report.verdict import sentence, tiles
+
+_FILTERS = {
+    "capitalized": numbers.capitalized,
+    "decibel": numbers.decibel,
+    "percent": numbers.percent,
+    "significant": numbers.significant,
+    "cosine": numbers.cosine,
+    "seconds": numbers.seconds,
+    "size": numbers.size,
+    "times": numbers.times,
+}
+GATE_WORDS = {
+    "max_relative": "difference at most",
+    "min_sqnr_db": "SQNR at least",
+    "min_top1_agreement": "same top-1 at least",
+    "max_top1_drop": "top-1 loss at most",
+}
+
+
+def html(content: ReportContent) -> str:
+    """The page; every text from outside is escaped."""
+    environment = Environment(
+        loader=PackageLoader("exporter.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= _FILTERS
+    parity = content.parity
+    layers = parity.get("layers")
+    localization = parity.get("localization")
+    page = environment.get_template("report.html.j2").render(
+        manifest=content.manifest,
+        spec=content.manifest["spec"],
+        parity=parity,
+        engine=content.engine,
+        deferred=_deferred(content.engine),
+        engine_groups=_engine_groups(content.engine),
+        failed=content.failure is not None or parity["verdict"] == "fail",
+        failure=content.failure,
+        sentence=sentence(content),
+        tiles=tiles(content),
+        stations=stations(parity, content.seconds, content.precision, content.failed_in),
+        seconds=content.seconds,
+        files=content.files,
+        ladder=ladder(parity, content.precision),
+        curve=half_curve(parity),
+        layers=layers,
+        layer_bars=layer_bars(layers),
+        activations=spreads(layers, "activations"),
+        weights=spreads(layers, "weights"),
+        localization=localization,
+        deviation_bars=deviation_bars(localization),
+        worst=parity.get("worst_images"),
+        pictures=content.pictures,
+        command=command_line(content.manifest["spec"]),
+        gate_words=_gate_words,
+    )
+    # A file name on Linux need not be valid UTF-8; the page is.
+    return page.encode("utf-8", "replace").decode("utf-8")
+
+
+def _gate_words(tolerance: Mapping[str, float]) -> str:
+    """``SQNR at least 25 dB, same top-1 at least 98.00 %``."""
+    words = []
+    for name, limit in tolerance.items():
+        figure = numbers.significant(limit)
+        if name == "min_sqnr_db":
+            figure = numbers.decibel(limit)
+        elif name in ("min_top1_agreement", "max_top1_drop"):
+            figure = numbers.percent(limit)
+        elif name == "max_relative":
+            figure = f"{figure} of the range"
+        words.append(f"{GATE_WORDS.get(name, name)} {figure}")
+    return ", ".join(words)
+
+
+def _deferred(engine: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    if engine is None:
+        return None
+    return engine if "status" in engine else engine.get("deferred")
+
+
+def _engine_groups(engine: Mapping[str, Any] | None) -> list[tuple[str, Mapping[str, Any]]]:
+    """Targets with equal figures in one row: a plan for several has one layer table."""
+    groups: list[tuple[str, Mapping[str, Any]]] = []
+    for target, figures in (engine or {}).get("per_target", {}).items():
+        if groups and groups[-1][1] == figures:
+            groups[-1] = (f"{groups[-1][0]}, {target}", figures)
+        else:
+            groups.append((target, figures))
+    return groups

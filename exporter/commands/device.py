@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from exporter.commands import AddCommand
-from exporter.console import print_json, print_ledger, print_note, print_table, progress_bars
+from exporter.console import print_json, print_ledger, print_note, print_table, print_warning
 from exporter.errors import EXIT_DONE, GateFailedError, InputError
 from exporter.spec import choice
+from exporter.terminal import progress_bars
 
 if TYPE_CHECKING:
     from exporter.device import RunBackend
@@ -117,7 +118,7 @@ def _run_build(options: argparse.Namespace) -> int:
     else:
         print_table(engine_table(built.path, engine))
         for warning in engine["warnings"]:
-            print_note(f"warning: {warning}")
+            print_warning(warning)
     return EXIT_DONE
 
 
@@ -238,6 +239,6 @@ def _parsed(parse: Callable[[], T]) -> T:
         raise InputError(str(error)) from error
 
 
-def _say(note: str | None, options: argparse.Namespace) -> None:
-    if note and not options.quiet:
+def _say(note: str | None, _options: argparse.Namespace) -> None:
+    if note:
         print_note(f"note: {note}")

@@ -137,14 +137,16 @@ def _run_evaluate(options: argparse.Namespace) -> int:
     else:
         if options.bundle is None or options.data is None:
             raise InputError("evaluate needs a bundle and --data DIR, or --merge FILE ...")
-        result = evaluate(
-            Bundle.load(options.bundle),
-            options.data,
-            _backend(options.backend),
-            shard=_parsed(lambda: Shard.parse(options.shard)) if options.shard else None,
-            skip_bad_images=options.skip_bad_images,
-            threads=_threads(options),
-        )
+        with progress_bars(quiet=options.quiet) as progress:
+            result = evaluate(
+                Bundle.load(options.bundle),
+                options.data,
+                _backend(options.backend),
+                shard=_parsed(lambda: Shard.parse(options.shard)) if options.shard else None,
+                progress=lambda fraction: progress("evaluate", fraction),
+                skip_bad_images=options.skip_bad_images,
+                threads=_threads(options),
+            )
     if options.json:
         print_json(result.to_json())
         return EXIT_DONE

@@ -34,6 +34,7 @@ class RunLog:
 
     def __init__(self, path: Path, foreign: BinaryIO | None = None, clock: Clock = now) -> None:
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             self._file: TextIO = path.open("a", encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise InputError(f"log file {path} cannot be written: {error.strerror}") from error

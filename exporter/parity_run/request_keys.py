@@ -121,6 +121,7 @@ class Layers:
         without = {key: set(_complaints(_left_out(values, key))) for key in values}
         for sentence in _complaints(values):
             keys = [key for key in values if sentence not in without[key]] or ["model"]
+            keys.sort(key=lambda key: key not in self.own)
             complaints.add_at([f"{self._table(key)}, {key}" for key in keys], sentence)
 
     def _table(self, key: str) -> str:

@@ -12,6 +12,9 @@ import tomllib
 import yaml
 
 from exporter.cli import build_parser
+from exporter.parity_run import Margins
+from exporter.parity_run.margins import KINDS
+from exporter.parity_run.request_keys import KEYS
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "examples" / "ci"
@@ -76,3 +79,22 @@ def test_python_is_one_that_the_project_takes():
     job = load("gitlab-ci.yml")["parity"]
     assert "python:3.12" == job["image"]
     assert all((ROOT / name).is_file() for name in job["cache"]["key"]["files"])
+
+
+def test_the_documentations_commands_keys_and_margins_are_those_of_the_code():
+    """Each line of docs/ci.md is read by the parser; the table of margins is complete."""
+    text = (ROOT / "docs" / "ci.md").read_text()
+    lines = re.findall(r"^repvgg-export (?!: )(.*?)(?: *[#>].*)?$", text, flags=re.MULTILINE)
+    assert len(lines) >= 4
+    for line in lines:
+        build_parser().parse_args(shlex.split(line))
+    table = {}
+    for kinds, default in re.findall(
+        r"^\| (`.*?`) \|.*\| ([\d.]+)[^|]*\|$", text, flags=re.MULTILINE
+    ):
+        table |= dict.fromkeys(re.findall(r"`(\w+)`", kinds.split(" | ")[0]), float(default))
+    assert Margins().to_json() == table
+    sample = tomllib.loads(re.search(r"```toml\n(.*?)```", text, flags=re.DOTALL)[1])
+    keys = {*sample["defaults"], *sample["case"][0]} - {"name", "margins"}
+    assert keys <= set(KEYS)
+    assert set(sample["margins"]) <= set(KINDS)

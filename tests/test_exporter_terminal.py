@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import os
 import subprocess
 import sys
 import tempfile
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 
 import pytest
 
@@ -160,19 +162,66 @@ def test_debug_lets_libraries_print():
     assert all(noise in done.stdout + done.stderr for noise in NOISES)
 
 
-def test_an_internal_error_is_an_object_a_traceback_and_exit_code_1():
-    """A bug is neither hidden nor dressed as a refusal."""
-    program = NOISE.replace("return real(options)", "raise RuntimeError('broken')")
-    done = subprocess.run(
+def ending(statement: str) -> subprocess.CompletedProcess[str]:
+    """`completion bash --json` that ends by ``statement``."""
+    program = NOISE.replace("return real(options)", statement)
+    return subprocess.run(
         [sys.executable, "-c", program, "completion", "bash", "--json"],
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def test_an_internal_error_is_an_object_a_traceback_and_exit_code_1():
+    """A bug is neither hidden nor dressed as a refusal."""
+    done = ending("raise RuntimeError('broken')")
     assert 1 == done.returncode
     assert '{"error": "internal error: RuntimeError: broken", "exit_code": 1}\n' == done.stdout
     assert done.stderr.startswith("Traceback")
     assert done.stderr.endswith("RuntimeError: broken\n")
+
+
+@pytest.mark.parametrize(
+    ("statement", "sentence", "code"),
+    [
+        ("raise KeyboardInterrupt", "interrupted; nothing was published", 130),
+        ("raise OSError(28, 'No space left', 'x')", "[Errno 28] No space left: 'x'", 3),
+    ],
+)
+def test_interruption_and_a_full_disk_are_objects_too(statement, sentence, code):
+    """The sentence is the same on standard error."""
+    done = ending(statement)
+    assert (code, f"repvgg-export: {sentence}\n") == (done.returncode, done.stderr)
+    assert {"error": sentence, "exit_code": code} == json.loads(done.stdout)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(("completion", "bash"), 3), (("inspect", "absent", "--json"), 2)],
+)
+def test_standard_output_that_cannot_be_written_is_told_in_one_sentence(arguments, code):
+    """A result that was lost is a failure; a failure keeps its own exit code."""
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "exporter", *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert code == done.returncode
+    assert done.stderr.startswith("repvgg-export: ")
+    assert 1 == done.stderr.count("\n")
+
+
+def test_closed_streams_change_no_exit_code():
+    """Started without standard output or error, as some services do it."""
+    for redirection in (">&-", "2>&-"):
+        shell = f"{sys.executable} -m exporter completion bash {redirection}"
+        done = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, check=False)
+        assert (0, "") == (done.returncode, done.stderr)
 
 
 def test_a_reader_that_leaves_is_no_failure():

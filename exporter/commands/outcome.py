@@ -79,6 +79,7 @@ def _run(options: argparse.Namespace) -> int:
 def _failure(error: ExporterError | OSError, options: argparse.Namespace) -> int:
     if not isinstance(error, ExporterError):
         # A full disk or a vanished file outside the bundle's own writing.
+        streams().settle()
         return _fail(str(error), EnvironmentLackError.exit_code, as_json=options.json)
     evidence = error.evidence if isinstance(error, GateFailedError) else None
     if evidence and not options.json:
@@ -93,8 +94,9 @@ def _fail(
     if as_json:
         print_json({"error": sentence, "exit_code": code, **(more or {})})
     own = streams()
-    own.out.flush()
+    own.settle()
     own.error(f"{_NAME}: {sentence}")
+    own.settle()
     return code
 
 

@@ -7,11 +7,12 @@ lead to a file that the log reads, or to nowhere; our words go to copies of the 
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,14 +47,27 @@ class Streams:
             print(text, file=self.err, flush=True)
 
     def error(self, text: str) -> None:
-        """On standard error, quiet or not."""
+        """On standard error, quiet or not; where that cannot be written the exit code remains."""
         self.record("error", text)
-        print(text, file=self.err, flush=True)
+        with suppress(OSError):
+            print(text, file=self.err, flush=True)
+
+    def settle(self) -> None:
+        """Write what is buffered; what cannot be written (a full disk) goes nowhere from now on."""
+        for stream in (self.out, self.err):
+            try:
+                stream.flush()
+            except OSError:
+                _lead_nowhere(stream)
 
     def discard_out(self) -> None:
         """Whoever read standard output has gone; what is still buffered goes nowhere."""
-        with Path(os.devnull).open("w") as nowhere:
-            os.dup2(nowhere.fileno(), self.out.fileno())
+        _lead_nowhere(self.out)
+
+
+def _lead_nowhere(stream: TextIO) -> None:
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
 
 
 _OPENED: ContextVar[Streams | None] = ContextVar("streams", default=None)
@@ -61,7 +75,12 @@ _OPENED: ContextVar[Streams | None] = ContextVar("streams", default=None)
 
 def streams() -> Streams:
     """Those of the running command; outside of one, the process's own."""
-    return _OPENED.get() or Streams(out=sys.stdout, err=sys.stderr)
+    return _OPENED.get() or Streams(out=_or_nowhere(sys.stdout), err=_or_nowhere(sys.stderr))
+
+
+def _or_nowhere(stream: TextIO | None) -> TextIO:
+    """Python has None for a descriptor that was closed before it started."""
+    return io.StringIO() if stream is None else stream
 
 
 @contextmanager
@@ -76,7 +95,7 @@ def opened(*, quiet: bool, debug: bool, log_file: Path | None) -> Iterator[Strea
     """
     with ExitStack() as stack:
         foreign: BinaryIO | None = None
-        out, err = sys.stdout, sys.stderr
+        out, err = _or_nowhere(sys.stdout), _or_nowhere(sys.stderr)
         if not debug and _are_the_descriptors():
             if log_file is not None:
                 foreign = stack.enter_context(tempfile.TemporaryFile())
@@ -94,7 +113,7 @@ def _are_the_descriptors() -> bool:
     try:
         return (sys.stdout.fileno(), sys.stderr.fileno()) == (1, 2)
     except (OSError, ValueError, AttributeError):
-        # Closed, replaced, or None under pythonw.
+        # Closed, or replaced by a program that calls `main`.
         return False
 
 

@@ -14,6 +14,8 @@ BATCH ?=
 IMAGE_SIZE ?=
 OUT ?=
 ARGS ?=
+CONFIG ?= parity.toml
+BASELINE ?= parity-baseline.json
 BUNDLE = $(or $(OUT),build/$(MODEL)-$(PRECISION))
 
 option = $(if $(2),$(1) '$(2)')
@@ -28,9 +30,17 @@ ENGINE = $(BIN)/repvgg-export engine '$(MODEL)' --precision '$(PRECISION)' \
 engine: $(READY)
 	@$(ENGINE)
 
-# The main job, and then the published bundle judged again by a fresh process without torch.
+# Alone: the cases of CONFIG, held to their gates and to BASELINE. With MODEL, PRECISION or another
+# variable of the engine: that one bundle, judged again by a fresh process without torch.
+ONE_BUNDLE := $(filter command environment,$(foreach name,MODEL PRECISION WEIGHTS CALIB TARGET \
+	BACKEND BATCH IMAGE_SIZE OUT ARGS,$(origin $(name))))
+ifneq ($(ONE_BUNDLE),)
 parity: engine
 	@$(BIN)/repvgg-export verify '$(BUNDLE)'
+else
+parity: $(READY)
+	@$(BIN)/repvgg-export parity '$(CONFIG)' $(call option,--baseline,$(BASELINE))
+endif
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 -m "not slow"

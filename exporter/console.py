@@ -1,12 +1,14 @@
-"""What a person sees: progress on standard error, results as tables on standard output."""
+"""What a person sees of results: tables and lines on standard output."""
 
 from __future__ import annotations
 
+import io
 import json
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import os
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from exporter.terminal import streams
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -15,38 +17,8 @@ if TYPE_CHECKING:
     from exporter.plan_content import Plan
 
 
-@contextmanager
-def progress_bars(*, quiet: bool) -> Iterator[Callable[[str, float], None]]:
-    """A bar on a terminal, one line a stage elsewhere, nothing if ``quiet``."""
-    if quiet:
-        yield _silent
-    elif not sys.stderr.isatty():
-        seen: set[str] = set()
-
-        def announce(stage: str, _fraction: float) -> None:
-            if stage not in seen:
-                seen.add(stage)
-                print(f"{stage} ...", file=sys.stderr, flush=True)
-
-        yield announce
-    else:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-        columns = (TextColumn("{task.description:15}"), BarColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=Console(stderr=True)) as bars:
-            tasks: dict[str, Any] = {}
-
-            def update(stage: str, fraction: float) -> None:
-                if stage not in tasks:
-                    tasks[stage] = bars.add_task(stage, total=1.0)
-                bars.update(tasks[stage], completed=fraction)
-
-            yield update
-
-
-def _silent(_stage: str, _fraction: float) -> None:
-    return
+_WIDTH = 120
+"""Columns of a table where nothing says how wide the reader's screen is."""
 
 
 def result_json(result: ExportResult) -> dict[str, Any]:
@@ -63,17 +35,22 @@ def result_json(result: ExportResult) -> dict[str, Any]:
 
 def print_json(content: Mapping[str, Any]) -> None:
     """One JSON object on standard output."""
-    print(json.dumps(content, allow_nan=False))
+    streams().result(json.dumps(content, allow_nan=False))
 
 
 def print_line(text: str) -> None:
     """One line on standard output."""
-    print(text)
+    streams().result(text)
 
 
 def print_note(text: str) -> None:
-    """One line on standard error."""
-    print(text, file=sys.stderr)
+    """One line on standard error, unless quiet."""
+    streams().note(text)
+
+
+def print_warning(text: str) -> None:
+    """One line on standard error, quiet or not."""
+    streams().error(f"warning: {text}")
 
 
 def print_result(result: ExportResult) -> None:
@@ -85,18 +62,18 @@ def print_result(result: ExportResult) -> None:
     total = sum(result.seconds.values())
     if result.engine.get("status") == "deferred":
         targets = ", ".join(result.engine["targets"])
-        print(f"{spec['out']}: no engine yet for {targets}; {total:.1f} s")
+        print_line(f"{spec['out']}: no engine yet for {targets}; {total:.1f} s")
         return
     for targets, figures in _same_figures(result.engine["per_target"]):
         counts = figures["convolutions"]
-        print(
+        print_line(
             f"{targets}: {counts['total']} convolutions ({count_words(counts)}), "
             f"{figures['epilogue_fused']} with fused epilogue, "
             f"{figures['other_kernels']} other kernels"
         )
     for warning in result.engine["warnings"]:
-        print(f"warning: {warning}")
-    print(
+        print_line(f"warning: {warning}")
+    print_line(
         f"{spec['out']}: engine of {result.engine['plan_bytes'] / 1e6:.1f} MB for "
         f"{', '.join(result.engine['targets'])}; {total:.1f} s"
     )
@@ -109,7 +86,7 @@ def print_plan(plan: Plan) -> None:
     for table in plan_tables(plan):
         print_table(table)
     for line in plan_lines(plan):
-        print(line)
+        print_line(line)
 
 
 def _same_figures(per_target: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -152,7 +129,7 @@ def print_ledger(parity: Mapping[str, Any], title: str) -> None:
         _print_curve(mixed)
     for row in parity["stages"]:
         if row["status"] == "not_run":
-            print(f"{row['stage']} not run: {row['reason']}")
+            print_line(f"{row['stage']} not run: {row['reason']}")
 
 
 def _print_ladder(rungs: Sequence[Mapping[str, Any]]) -> None:
@@ -210,7 +187,10 @@ def _percent(fraction: float | None) -> str:
 
 
 def print_table(table: Table) -> None:
-    """On standard output; off a terminal rich would assume 80 columns and cut figures off."""
+    """On standard output, as wide as the terminal or COLUMNS says.
+
+    Elsewhere rich would assume 80 columns and cut figures off.
+    """
     from rich.console import Console
 
     class Pipe(Console):
@@ -218,4 +198,10 @@ def print_table(table: Table) -> None:
             """Leave it to the command line: rich itself would end the program with exit code 1."""
             raise BrokenPipeError
 
-    Pipe(width=None if sys.stdout.isatty() else 120, highlight=False).print(table)
+    own = streams()
+    if own.log is not None:
+        plain = io.StringIO()
+        Console(file=plain, width=_WIDTH, highlight=False, color_system=None).print(table)
+        own.record("result", plain.getvalue())
+    known = own.out.isatty() or "COLUMNS" in os.environ
+    Pipe(file=own.out, width=None if known else _WIDTH, highlight=False).print(table)

@@ -5,6 +5,7 @@
     ExporterError
     |-- GateFailedError      1    a step ran and its result is not good enough; nothing is published
     |-- InputError           2    the request, a checkpoint, an image or a folder cannot be used
+    |   `-- InvalidRequestError   everything that is wrong with a request
     `-- EnvironmentLackError 3    this machine lacks a library, a driver or the network
 
 Interrupting (Ctrl-C) exits with 130. Messages say what happened, where, and what to do now, in one
@@ -13,7 +14,7 @@ or two lines; the command line prints them as they are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -54,6 +55,14 @@ class InputError(ExporterError):
     """Bad input or usage."""
 
     exit_code: ClassVar[int] = 2
+
+
+class InvalidRequestError(InputError):
+    """A request in which ``complaints`` are wrong, each a clause."""
+
+    def __init__(self, complaints: Sequence[str]) -> None:
+        super().__init__("; ".join(complaints))
+        self.complaints = tuple(complaints)
 
 
 class EnvironmentLackError(ExporterError):

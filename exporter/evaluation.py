@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ def evaluate(
     backend: RunBackend = RunBackend.AUTO,
     *,
     shard: Shard | None = None,
+    progress: Callable[[float], None] = lambda _fraction: None,
     skip_bad_images: bool = False,
     threads: int = 0,
     runtime_cache: bool = True,
@@ -72,6 +73,7 @@ def evaluate(
         files = [(images.files[index], int(labels[index])) for index in chosen]
         for pixels, truth in reader.batches(files, runner.batch.opt):
             counts.add(_logits(bundle, runner, pixels, len(names)), truth)
+            progress((counts.images + reader.skipped) / len(files))
         seconds = time.perf_counter() - start
     if not counts.confusion:
         raise InputError(
@@ -101,6 +103,10 @@ class _Counts:
     def __init__(self) -> None:
         self.confusion: Counter[tuple[int, int]] = Counter()
         self.top5 = 0
+
+    @property
+    def images(self) -> int:
+        return self.confusion.total()
 
     def add(self, logits: FloatArray, labels: Labels) -> None:
         predicted = logits.argmax(axis=1)

@@ -22,7 +22,7 @@ from exporter.build_options import (
     Quantization,
     Typing,
 )
-from exporter.errors import InputError
+from exporter.errors import InvalidRequestError
 from exporter.pixel_input import Layout
 from exporter.profiles import BatchProfile, SizeProfile, parse_image_size
 from models.registry import bundled_weights, public_repository
@@ -195,7 +195,7 @@ def validate(request: ExportRequest, network: Variant | str | None = None) -> Ex
     weights included; without it ``request.model`` and ``request.weights`` decide.
 
     Raises:
-        InputError: listing everything that is wrong with the request, not only the first thing.
+        InvalidRequestError: everything that is wrong with the request, not only the first thing.
     """
     complaints: list[str] = []
 
@@ -231,7 +231,7 @@ def validate(request: ExportRequest, network: Variant | str | None = None) -> Ex
     if precision is not None and precision is not Precision.INT8:
         complaints += _int8_complaints(request, precision)
     if complaints or precision is None or batch is None or build is None:
-        raise InputError("; ".join(complaints))
+        raise InvalidRequestError(complaints)
     return ExportSpec(
         variant=variant,
         name=name,

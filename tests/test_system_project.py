@@ -92,6 +92,18 @@ def test_every_make_target_makes_its_environment_first(target):
     assert line.index("pip install") < line.rindex(".venv/bin/")
 
 
+def test_make_parity_runs_the_committed_configuration_or_one_bundle():
+    """Without variables the cases; with any variable of the engine that bundle, then verify."""
+    cases = make("parity")
+    assert "repvgg-export parity 'parity.toml' --baseline 'parity-baseline.json'" in cases
+    assert "repvgg-export engine" not in cases
+    assert "repvgg-export parity 'c.toml'" in make("parity", "CONFIG=c.toml", "BASELINE=")
+    for variables in (["MODEL=A0", "PRECISION=int8"], ["TARGET=sm86"], ["ARGS=--quiet"]):
+        one = make("parity", *variables)
+        assert one.index("repvgg-export engine 'A0'") < one.index("verify 'build/A0-int8'")
+        assert "repvgg-export parity" not in one
+
+
 def test_the_readme_lists_every_variant_and_precision():
     """The table of variables is complete."""
     assert f"`MODEL` | {' '.join(VARIANTS)} |" in README

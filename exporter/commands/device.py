@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from exporter.commands import AddCommand
-from exporter.console import print_json, print_ledger, print_note, print_table, progress_bars
+from exporter.console import print_json, print_ledger, print_note, print_table, print_warning
 from exporter.errors import EXIT_DONE, GateFailedError, InputError
 from exporter.spec import choice
+from exporter.terminal import progress_bars
 
 if TYPE_CHECKING:
     from exporter.device import RunBackend
@@ -130,7 +131,7 @@ def _run_build(options: argparse.Namespace) -> int:
     else:
         print_table(engine_table(built.path, engine))
         for warning in engine["warnings"]:
-            print_note(f"warning: {warning}")
+            print_warning(warning)
     return EXIT_DONE
 
 
@@ -149,15 +150,17 @@ def _run_evaluate(options: argparse.Namespace) -> int:
     else:
         if options.bundle is None or options.data is None:
             raise InputError("evaluate needs a bundle and --data DIR, or --merge FILE ...")
-        result = evaluate(
-            Bundle.load(options.bundle),
-            options.data,
-            _backend(options.backend),
-            shard=_parsed(lambda: Shard.parse(options.shard)) if options.shard else None,
-            skip_bad_images=options.skip_bad_images,
-            threads=_threads(options),
-            runtime_cache=options.runtime_cache,
-        )
+        with progress_bars(quiet=options.quiet) as progress:
+            result = evaluate(
+                Bundle.load(options.bundle),
+                options.data,
+                _backend(options.backend),
+                shard=_parsed(lambda: Shard.parse(options.shard)) if options.shard else None,
+                progress=lambda fraction: progress("evaluate", fraction),
+                skip_bad_images=options.skip_bad_images,
+                threads=_threads(options),
+                runtime_cache=options.runtime_cache,
+            )
     if options.json:
         print_json(result.to_json())
         return EXIT_DONE
@@ -255,6 +258,6 @@ def _parsed(parse: Callable[[], T]) -> T:
         raise InputError(str(error)) from error
 
 
-def _say(note: str | None, options: argparse.Namespace) -> None:
-    if note and not options.quiet:
+def _say(note: str | None, _options: argparse.Namespace) -> None:
+    if note:
         print_note(f"note: {note}")

@@ -54,7 +54,7 @@ def _run_convert(options: argparse.Namespace) -> int:
     if options.json:
         print_json(done.to_json())
         return EXIT_DONE
-    if done.dropped and not options.quiet:
+    if done.dropped:
         print_note(f"note: dropped {', '.join(done.dropped)}")
     print_line(
         f"{done.path}: RepVGG-{done.variant}, {done.tensors} tensors, {done.source_format} "

@@ -1,0 +1,90 @@
+"""What runs `engine` and `plan`; their options are in `cli`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import fields
+from pathlib import Path
+
+from exporter.commands import EXPORT_LIBRARIES, require_libraries
+from exporter.console import (
+    print_json,
+    print_note,
+    print_plan,
+    print_result,
+    print_table,
+    result_json,
+)
+from exporter.errors import EXIT_DONE, InputError
+from exporter.spec import ExportRequest, validate
+from exporter.terminal import progress_bars
+
+
+def prepare_export() -> None:
+    """Before torch is imported, in every command that exports.
+
+    Raises:
+        EnvironmentLackError: naming what is not installed.
+    """
+    require_libraries(*EXPORT_LIBRARIES)
+    # Read when torch loads its OpenMP: threads that spin while others work slow a forward pass
+    # down 40 times on a machine with another busy process.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
+def run_engine(options: argparse.Namespace) -> int:
+    """Export, and tell what was made."""
+    spec = validate(_request(options))
+    with progress_bars(quiet=options.quiet) as progress:
+        prepare_export()
+        from exporter import pipeline
+
+        result = pipeline.run(spec, progress)
+    for note in result.notes:
+        print_note(f"note: {note}")
+    if options.json:
+        print_json(result_json(result))
+        return EXIT_DONE
+    from exporter.commands.export_tables import made_table
+
+    print_result(result)
+    print_table(made_table(result.bundle))
+    return EXIT_DONE
+
+
+def _request(options: argparse.Namespace) -> ExportRequest:
+    names = ExportRequest.__dataclass_fields__
+    return ExportRequest(**{name: getattr(options, name) for name in names})
+
+
+def run_plan(options: argparse.Namespace) -> int:
+    """Say what an export would do, or what a bundle still needs."""
+    from exporter.bundle import MANIFEST, Bundle
+    from exporter.plan import make_plan, plan_bundle
+
+    request = _request(options)
+    if (Path(request.model) / MANIFEST).is_file():
+        own = ("model", "target", "backend", "dla")
+        options_of_an_export = [item for item in fields(request) if item.name not in own]
+        if options.classes is not None or any(
+            getattr(request, item.name) != item.default for item in options_of_an_export
+        ):
+            raise InputError(
+                f"{request.model} is exported already: beside a bundle `plan` takes --target, "
+                "--backend and --dla only"
+            )
+        plan = plan_bundle(
+            Bundle.load(request.model),
+            target=request.target,
+            backend=request.backend,
+            dla_core=options.dla,
+        )
+    else:
+        plan = make_plan(validate(request), num_classes=options.classes, dla_core=options.dla)
+    if options.json:
+        print_json(plan.to_json())
+    else:
+        print_plan(plan)
+    return EXIT_DONE

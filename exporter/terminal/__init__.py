@@ -1,0 +1,10 @@
+"""Where words go: the two streams, the log file, and progress in between.
+
+Only what this project says reaches the streams. What libraries print, on whatever level, goes to
+the log file or nowhere; with ``--debug`` it goes where they send it.
+"""
+
+from exporter.terminal.progress import Progress, progress_bars
+from exporter.terminal.streams import Streams, opened, streams
+
+__all__ = ["Progress", "Streams", "opened", "progress_bars", "streams"]

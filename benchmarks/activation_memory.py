@@ -8,8 +8,9 @@ of the graph live to the end. At step i memory holds
 
 Weights are not counted, and neither are the graph's inputs, which belong to the caller.
 
-A ReLU or Flatten that is the last reader of its input works in place, as in ONNX Runtime: both
-tensors share one buffer, which counts once, from the first one's birth to the last one's death.
+A ReLU or Flatten that is the last reader of its input works in place, as in ONNX Runtime, unless it
+computes an output: both tensors share one buffer, which counts once, from the first one's birth to
+the last one's death.
 
 For a plain chain of convolutions and ReLUs the peak is the largest sum of one layer's input and
 output. A train-form block whose tensors have S bytes each holds its input, the sum so far, the next
@@ -81,7 +82,7 @@ def steps_of(model: onnx.ModelProto) -> tuple[Step, ...]:
 
 
 def buffers(
-    steps: Sequence[Step], sizes: Mapping[str, int], outputs: Sequence[str]
+    steps: Sequence[Step], sizes: Mapping[str, int], outputs: frozenset[str]
 ) -> tuple[Buffer, ...]:
     """What is allocated, in order of birth; ``outputs`` are the graph's."""
     last = {name: index for index, step in enumerate(steps) for name in step.computes}
@@ -92,7 +93,7 @@ def buffers(
     for index, step in enumerate(steps):
         for name in step.computes:
             over = step.reads[0] if step.in_place and step.reads else None
-            if over and last[over] == index and over not in outputs:
+            if over and last[over] == index and not outputs.intersection((over, name)):
                 owner[name] = owner[over]
                 found[owner[name]] = replace(found[owner[name]], dies=last[name])
             else:
@@ -101,7 +102,7 @@ def buffers(
     return tuple(found)
 
 
-def profile(steps: Sequence[Step], sizes: Mapping[str, int], outputs: Sequence[str]) -> Profile:
+def profile(steps: Sequence[Step], sizes: Mapping[str, int], outputs: frozenset[str]) -> Profile:
     """M(i) for every step."""
     change = np.zeros(len(steps) + 1, np.int64)
     for buffer in buffers(steps, sizes, outputs):
@@ -127,7 +128,7 @@ def activation_memory(
     steps = steps_of(model)
     if order is not None:
         steps = _in_order(steps, order)
-    outputs = [value.name for value in model.graph.output]
+    outputs = frozenset(value.name for value in model.graph.output)
     sizes = {name: found.bytes for name, found in graph_tensors(model, batch).items()}
     return profile(steps, sizes, outputs)
 

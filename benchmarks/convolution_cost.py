@@ -7,8 +7,8 @@ A convolution with a kernel [O, C/g, kh, kw] and an output of h x w pixels has
 Winograd's F(2x2, 3x3) (Lavin and Gray, CVPR 2016) computes 4 outputs of a 3x3 convolution from 16
 multiplications a channel pair instead of 36, if stride and dilation are 1. The RepVGG paper's "Wino
 MULs" (section 2.4) therefore count 4/9 of the MACs of such a layer and all MACs of every other;
-grouped convolutions are among them. Whether a library really uses Winograd is another question:
-ONNX Runtime's CPU kernels do not.
+grouped convolutions are among them. Whether a library uses Winograd is another question: ONNX
+Runtime's CPU kernels do not (microsoft/onnxruntime#12834).
 
 The bytes of a layer are those of its input, weights and output, each moved once. MACs over bytes is
 its arithmetic intensity; a layer of low intensity waits for memory, whatever its kernels do.

@@ -59,7 +59,7 @@ class LayerSpeed:
 def layer_speeds(
     model: Path, batch: int, image_size: tuple[int, int], runs: int
 ) -> tuple[list[LayerSpeed], float]:
-    """Each layer in the graph's order, and the seconds of the whole run (medians of ``runs``).
+    """Each layer in the graph's order, and the seconds of all nodes together (medians of ``runs``).
 
     Raises:
         ValueError: if a node of the optimized graph is no layer of the one as written.
@@ -67,12 +67,14 @@ def layer_speeds(
     images = np.random.default_rng(3).standard_normal((batch, 3, *image_size), np.float32)
     found = profiled(model, images, runs + 1)[1:]
     layers = layers_of(onnx.load(model), batch)
-    speeds = {}
-    for position, layer in matched(layers, found[0]).items():
-        seconds = statistics.median(run[position].seconds for run in found)
-        speeds[layer.name] = LayerSpeed(layer=layer, seconds=seconds)
-    total = statistics.median(sum(node.seconds for node in run) for run in found)
-    return [speeds[layer.name] for layer in layers], total
+    seconds = [
+        statistics.median(node.seconds for node in nodes) for nodes in zip(*found, strict=True)
+    ]
+    speeds = {
+        layer.name: LayerSpeed(layer=layer, seconds=seconds[position])
+        for position, layer in matched(layers, found[0]).items()
+    }
+    return [speeds[layer.name] for layer in layers], sum(seconds)
 
 
 def matched(layers: Sequence[Layer], run: Sequence[NodeRun]) -> dict[int, Layer]:

@@ -6,8 +6,9 @@ Recognition", CVPR 2016, table 1. The first block of a stage halves height and w
 convolution, as today's implementations do (4.09 G multiply-accumulates); the original did it in the
 1x1 before (3.86 G), which is what the RepVGG paper counts.
 
-Speed and memory do not depend on the weights, so they are drawn by He's rule, which keeps every
-activation of order one. The BatchNorms of both train form and ResNet-50 get random statistics.
+Speed and memory do not depend on the weights, so they are drawn by He's rule, under which
+activations neither vanish nor overflow. BatchNorms get random statistics, so that folding them is
+not trivial.
 """
 
 from __future__ import annotations

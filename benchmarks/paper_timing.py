@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from ort_profile import open_session
+from ort_profile import open_session, session_options
 
 from exporter.device.timing import Latency, Ratio
 from exporter.onnx_export import INPUT_NAME
@@ -73,7 +73,10 @@ def model_steps(
     feed = {INPUT_NAME: images}
 
     def step(model: Path) -> Step:
-        session = open_session(model)
+        options = session_options()
+        # Threads of the graph before would spin for a while and slow this one down.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        session = open_session(model, options)
         return lambda: session.run(None, feed)
 
     return {key: step(model) for key, model in models.items()}

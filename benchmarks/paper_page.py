@@ -16,17 +16,16 @@ INTRODUCTION = """# The paper's claims on a CPU
 
 Made by `make benchmark-paper` ([benchmarks/paper.py](../benchmarks/paper.py)): {processor}, {cores}
 cores, ONNX Runtime {onnxruntime} at its defaults, {height} x {width} pixels. The networks have
-random weights, on which neither speed nor memory depends; their accuracy is not measured here. The
-paper is Ding et al., [RepVGG: Making VGG-style ConvNets Great Again](https://arxiv.org/abs/2101.03697),
-and measured a GPU: what a CPU says about its claims is another question, and ratios are what
-to compare. Absolute times are those of one run on a shared machine.
+random weights, on which neither speed nor memory depends; accuracy is not measured here. The paper,
+Ding et al., [RepVGG: Making VGG-style ConvNets Great Again](https://arxiv.org/abs/2101.03697),
+measured a GPU. Compare ratios: absolute times are those of one run on a shared machine.
 
 ![Speed beside ResNet-50, peak activation memory, and the rate of every layer](paper.svg)
 
 """
 COLOURS = {"first": "#1f6fb4", "second": "#7fb2dd", "paper": "#9a9a9a", TRAIN: "#d1495b"}
 KINDS = {"3x3": "#1f6fb4", "3x3 groups": "#2e8b57", "3x3 stride 2": "#d1495b", "1x1": "#e0a030"}
-OTHER = "#9a9a9a"
+OTHER_KINDS, OTHER = "other", "#9a9a9a"
 
 
 def page(result: Result) -> str:
@@ -86,8 +85,8 @@ def _draw_memory(axes: Axes, result: Result) -> None:
     names = list(plain_keys(result))
     series: dict[str, tuple[str, str, str]] = {
         "train form, as written": (TRAIN, "computed", COLOURS[TRAIN]),
-        "deploy form, as written": (DEPLOY, "computed", COLOURS["first"]),
-        "deploy form, by default": (DEPLOY, "default", COLOURS["second"]),
+        "deploy or only form, as written": (DEPLOY, "computed", COLOURS["first"]),
+        "deploy or only form, by default": (DEPLOY, "default", COLOURS["second"]),
     }
     for offset, (label, (form, kind, colour)) in enumerate(series.items()):
         values = [_megabytes(result, name, form, kind) for name in names]
@@ -113,7 +112,8 @@ def _draw_layers(axes: Axes, result: Result) -> None:
     for found in result["layers"].values():
         for one in found["layers"]:
             groups.setdefault(_colour_group(one["kind"]), []).append(one)
-    for kind, layers in groups.items():
+    for kind in (*KINDS, OTHER_KINDS):
+        layers = groups.get(kind, [])
         axes.plot(
             [one["macs"] / one["bytes"] for one in layers],
             [one["macs"] / one["ms"] / 1e6 for one in layers],
@@ -137,4 +137,4 @@ def _draw_layers(axes: Axes, result: Result) -> None:
 def _colour_group(kind: str) -> str:
     if kind.endswith("groups") and kind.startswith("3x3"):
         return "3x3 groups"
-    return kind if kind in KINDS else "other"
+    return kind if kind in KINDS else OTHER_KINDS

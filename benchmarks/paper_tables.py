@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,8 @@ class Table:
     def markdown(self) -> str:
         lines = [self.header, tuple("---" for _ in self.header), *self.rows]
         body = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-        return f"## {self.title}\n\n{self.note}\n\n{body}\n"
+        note = textwrap.fill(self.note, 100, break_long_words=False, break_on_hyphens=False)
+        return f"## {self.title}\n\n{note}\n\n{body}\n"
 
     def text(self) -> str:
         columns = list(zip(self.header, *self.rows, strict=True))

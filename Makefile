@@ -25,7 +25,7 @@ ENGINE = $(BIN)/repvgg-export engine '$(MODEL)' --precision '$(PRECISION)' \
 	$(call option,--batch,$(BATCH)) $(call option,--image-size,$(IMAGE_SIZE)) \
 	--out '$(BUNDLE)' $(ARGS)
 
-.PHONY: engine parity test test-slow lint format benchmark engine-table gpu-test clean
+.PHONY: engine parity test test-slow lint format benchmark benchmark-paper engine-table gpu-test clean
 
 engine: $(READY)
 	@$(ENGINE)
@@ -62,6 +62,10 @@ benchmark: $(READY)
 	$(BIN)/python benchmarks/export_time.py
 	$(BIN)/python benchmarks/int8_quality.py
 	$(BIN)/python benchmarks/calibration_cost.py
+
+# Train form, deploy form, VGG-16 and ResNet-50 side by side, as docs/paper.md.
+benchmark-paper: $(READY)
+	$(BIN)/python benchmarks/paper.py
 
 # Every precision and target that TensorRT-RTX builds here, as docs/engines.md.
 engine-table: $(READY)

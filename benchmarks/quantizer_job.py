@@ -68,16 +68,16 @@ def answer(job: Job, work: Callable[[], None]) -> None:
     if job.address_space_mib is not None:
         limit = job.address_space_mib << 20
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    before, _ = _resident_mib(reset_peak=True)
+    before, _ = resident_mib(reset_peak=True)
     start = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):
         work()
     seconds = time.perf_counter() - start
-    _, peak = _resident_mib()
+    _, peak = resident_mib()
     print(json.dumps({"seconds": seconds, "peak_growth_mib": peak - before, "peak_mib": peak}))
 
 
-def _resident_mib(*, reset_peak: bool = False) -> tuple[float, float]:
+def resident_mib(*, reset_peak: bool = False) -> tuple[float, float]:
     """The resident set now and at its highest."""
     if reset_peak:
         with contextlib.suppress(OSError):

@@ -83,7 +83,19 @@ def test_make_engine_hands_every_variable_to_the_command():
 
 
 @pytest.mark.parametrize(
-    "target", ["engine", "parity", "test", "test-slow", "lint", "format", "benchmark", "gpu-test"]
+    "target",
+    [
+        "engine",
+        "parity",
+        "test",
+        "test-slow",
+        "lint",
+        "format",
+        "benchmark",
+        "benchmark-paper",
+        "engine-table",
+        "gpu-test",
+    ],
 )
 def test_every_make_target_makes_its_environment_first(target):
     """The environment is installed under the constraints before anything else runs."""

@@ -10,11 +10,12 @@ import argparse
 import os
 from collections.abc import Callable, Iterable, Mapping
 
-from exporter.build_options import OPTIMIZATION_LEVELS, HardwareCompatibility, Typing
+from exporter.build_options import OPTIMIZATION_LEVELS, HardwareCompatibility, Quantization, Typing
 from exporter.commands import AddCommand
 from exporter.console import print_json, print_line
 from exporter.devices import ARCHITECTURES, DEVICES
 from exporter.errors import EXIT_DONE
+from exporter.pixel_input import Layout
 from exporter.spec import Precision, Recipe
 from models.variants import VARIANTS
 
@@ -32,6 +33,8 @@ _VALUES: Mapping[str, tuple[str, ...]] = {
     "recipe": tuple(map(str, Recipe)),
     "backend": _BUILDERS,
     "typing": tuple(map(str, Typing)),
+    "quantization": tuple(map(str, Quantization)),
+    "with_preprocess": tuple(map(str, Layout)),
     "hardware_compatibility": tuple(map(str, HardwareCompatibility)),
     "optimization_level": tuple(map(str, OPTIMIZATION_LEVELS)),
     "to": ("official", "timm"),

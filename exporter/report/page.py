@@ -7,6 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from exporter.plan_engine import DEFERRED
 from exporter.report import numbers
 from exporter.report.command import command_line
 from exporter.report.content import ReportContent
@@ -25,6 +26,8 @@ _FILTERS = {
     "size": numbers.size,
     "times": numbers.times,
 }
+_KINDS = {"int8": "INT8", "half": "half", "float": "float", "bf16": "bfloat16", "fp8": "FP8"}
+_USUAL = ("int8", "half", "float")
 GATE_WORDS = {
     "max_relative": "difference at most",
     "min_sqnr_db": "SQNR at least",
@@ -53,6 +56,7 @@ def html(content: ReportContent) -> str:
         engine=content.engine,
         deferred=_deferred(content.engine),
         engine_groups=_engine_groups(content.engine),
+        engine_kinds=_engine_kinds(content.engine),
         failed=content.failure is not None or parity["verdict"] == "fail",
         failure=content.failure,
         sentence=sentence(content),
@@ -95,7 +99,17 @@ def _gate_words(tolerance: Mapping[str, float]) -> str:
 def _deferred(engine: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     if engine is None:
         return None
-    return engine if "status" in engine else engine.get("deferred")
+    return engine if engine["status"] == DEFERRED else engine.get("deferred")
+
+
+def _engine_kinds(engine: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """Key and label of the data types worth a column: the usual ones, and what is there."""
+    rows = [row["convolutions"] for row in (engine or {}).get("per_target", {}).values()]
+    return [
+        (key, label)
+        for key, label in _KINDS.items()
+        if key in _USUAL or any(row.get(key) for row in rows)
+    ]
 
 
 def _engine_groups(engine: Mapping[str, Any] | None) -> list[tuple[str, Mapping[str, Any]]]:

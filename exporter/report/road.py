@@ -16,7 +16,9 @@ _JUDGED = {
 }
 """Which row of the ledger judges a stage of the run; the precision's own row is found by name."""
 
-_MAKES_PRECISION = ("quantize", "half")
+_MAKES_PRECISION = ("quantize", "half", "bfloat16")
+"""The last of these that was reached makes the graph of the precision."""
+
 _WORDS = {"pass": "passed", "fail": "failed", "not_run": "not run", "done": "done"}
 
 
@@ -48,7 +50,7 @@ def stations(
     rows = {row["stage"]: row for row in parity["stages"]}
     owners = dict(_JUDGED)
     reached = {*taken, failed_in}
-    owners |= dict.fromkeys((name for name in _MAKES_PRECISION if name in reached), precision)
+    owners |= dict.fromkeys([n for n in _MAKES_PRECISION if n in reached][-1:], precision)
     found = [
         _station(name, rows.pop(owners.get(name, ""), None), time) for name, time in taken.items()
     ]

@@ -214,7 +214,7 @@ def test_full_tensorrt_without_a_runtime_cache_passes(outcomes):
 
 def test_on_a_gpu_that_rtx_does_not_know_its_words_are_recorded(outcomes):
     """Hopper: the portable plan is tried all the same; without full TensorRT nothing passes."""
-    words = "target sm90 (Hopper (H100, H200)) needs full TensorRT, run on the device itself"
+    words = "target sm90 (Hopper: h100, h200) needs full TensorRT, run on the device itself"
     row = {"stage": "engine", "status": "not_run", "reason": "it does not load"}
     found = outcomes("sm90", build=(2, words), verify=(0, {"parity": {"stages": [row]}}))
     assert ("failed", f"repvgg-export: {words}", 2) == (

@@ -108,7 +108,7 @@ def test_any_text_is_read_or_refused_by_name(text: str):
         ("sm85", Precision.FP16, ["'sm85'", "nearest: sm86", "known: sm75, sm80"]),
         ("ampere", Precision.FP16, ["'ampere'", "known: sm75"]),
         ("sm86,8.66", Precision.FP16, ["'8.66'"]),
-        ("sm87", Precision.INT8, ["sm87 (Ampere)", "full TensorRT", "on the device itself"]),
+        ("sm87", Precision.INT8, ["sm87 (Ampere: orin, ", "full TensorRT", "on the device itself"]),
         ("9.0", Precision.INT8, ["sm90", "Hopper", "full TensorRT"]),
         ("sm53", Precision.FP16, ["target sm53 is not supported: Jetson Nano and TX1", "JetPack"]),
         ("sm75", Precision.FP32, ["sm75 cannot do fp32", "FP32 matrix products"]),

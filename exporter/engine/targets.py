@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection
 
-from exporter.devices import ARCHITECTURES, OLDEST_WITH, UNSUPPORTED, read_capability
+from exporter.devices import ARCHITECTURES, DEVICES, OLDEST_WITH, UNSUPPORTED, read_capability
 from exporter.engine.backend import Backend
 from exporter.errors import InputError
 from exporter.spec import Precision
@@ -161,8 +161,10 @@ def _refusal(name: str, backend: Backend, precision: Precision) -> str:
     if name in UNSUPPORTED:
         return f"target {name} is not supported: {UNSUPPORTED[name]}"
     if name in ARCHITECTURES:
+        devices = [device.name for device in DEVICES.values() if device.capability == name]
+        who = f"{ARCHITECTURES[name].name}: {', '.join(devices[:4])}"
         return (
-            f"target {name} ({ARCHITECTURES[name].name}) needs full TensorRT, run on the device "
-            f"itself; {backend.name} builds for {', '.join(known)}"
+            f"target {name} ({who}) needs full TensorRT, run on the device itself; "
+            f"{backend.name} builds for {', '.join(known)}"
         )
     return _unknown(name, name, known)

@@ -99,7 +99,7 @@ def _gate_words(tolerance: Mapping[str, float]) -> str:
 def _deferred(engine: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     if engine is None:
         return None
-    return engine if engine["status"] == DEFERRED else engine.get("deferred")
+    return engine if engine.get("status") == DEFERRED else engine.get("deferred")
 
 
 def _engine_kinds(engine: Mapping[str, Any] | None) -> list[tuple[str, str]]:

@@ -85,9 +85,8 @@ def bundle(tmp_path: Path) -> Path:
         (
             ("build", "--backend", "tensorrt-rtx", "--target", "orin"),
             2,
-            "target sm87 (Ampere: orin, agx-orin, orin-nx, orin-nano) needs full TensorRT, run on the "
-            "device itself; tensorrt-rtx "
-            "builds for sm80, sm86, sm89, sm120, sm121",
+            "target sm87 (Ampere: orin, agx-orin, orin-nx, orin-nano) needs full TensorRT, run on "
+            "the device itself; tensorrt-rtx builds for sm80, sm86, sm89, sm120, sm121",
         ),
         (
             ("build", "--backend", "tensorrt-rtx"),

@@ -18,8 +18,9 @@ from exporter.image_set import ArrayImages
 from exporter.inputs import prepare
 from exporter.network import BATCH, HEIGHT, WIDTH, Port, classifier_interface
 from exporter.onnx_runner import FloatArray
+from exporter.request import ExportRequest, validate
 from exporter.source import Source, load_network
-from exporter.spec import ExportRequest, ExportSpec, validate
+from exporter.spec import ExportSpec
 from models.fusion import reparameterize as _reparameterize
 from models.repvgg import RepVGG
 

@@ -15,7 +15,7 @@ from torch import nn
 from calibration.table import CalibrationTable
 from exporter import bundle as files
 from exporter import report
-from exporter.bundle import BundleWriter
+from exporter.bundle_writer import BundleWriter
 from exporter.contract import ContractVerdict
 from exporter.fused_blocks import Fused
 from exporter.inputs import Inputs

@@ -8,7 +8,7 @@ network's; the first failed gate ends the run and nothing is published.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,18 +19,15 @@ from torch import nn
 from exporter import bundle as files
 from exporter import contract
 from exporter.annotation import Description, annotate, annotate_precision
-from exporter.bundle import Bundle, BundleWriter
+from exporter.bundle import Bundle
+from exporter.bundle_writer import BundleWriter
 from exporter.contract import ContractVerdict
-from exporter.devices import Target, check_dla, resolve_targets
+from exporter.devices import resolve_targets
 from exporter.engine import (
-    Backend,
     BuildRequest,
-    BuiltEngine,
-    check_engine,
-    dla_complaints,
     engine_not_run_reason,
 )
-from exporter.errors import InputError
+from exporter.engine_stage import build_engine, engine_build, require_possible
 from exporter.evidence import (
     gather,
     graph_metadata,
@@ -41,7 +38,6 @@ from exporter.evidence import (
 )
 from exporter.failure import told_if_failed
 from exporter.fused_blocks import Fused, expected_blocks, fuse
-from exporter.graph import pointwise_convolutions, quantizable
 from exporter.inputs import Inputs, prepare
 from exporter.judge import Judge
 from exporter.ledger import Ledger
@@ -50,16 +46,13 @@ from exporter.module_localization import ModulePair
 from exporter.network import torch_runner
 from exporter.onnx_export import export_network, export_onnx
 from exporter.onnx_runner import OnnxRunner
-from exporter.plan_commands import EngineBuild, GraphInput
 from exporter.plan_engine import (
-    EngineDecision,
     EngineOutcome,
     choose_backend,
     decide_engine,
     defer,
 )
 from exporter.precision_stage import Precise, apply_precision
-from exporter.prologue import Prologue
 from exporter.prologue_stage import choose_prologue, precede
 from exporter.simplify import simplify
 from exporter.spec import ExportSpec, Precision
@@ -128,7 +121,7 @@ def run(
     decision = decide_engine(
         asked, backend, spec.precision, allow_emulated=spec.build.allow_emulated
     )
-    _require_possible(spec, asked, backend, decision)
+    require_possible(spec, asked, backend, decision)
     with told_if_failed(spec, clock) as scene, BundleWriter(spec.out) as writer:
         with clock.stage("load"):
             inputs = scene.inputs = inputs or prepare(spec)
@@ -172,8 +165,8 @@ def run(
         built = None
         if backend is not None and decision.build_here:
             with clock.stage("engine") as advance:
-                built = _build(backend, request, model, advance, kept=kept)
-        told = _engine_build(spec, inputs, prologue, half_scales=decision.emulated)
+                built = build_engine(backend, request, model, advance, kept=kept)
+        told = engine_build(spec, inputs, prologue, half_scales=decision.emulated)
         deferred = defer(decision, told)
         engine = EngineOutcome(built=built, deferred=deferred)
         judge.skip(
@@ -204,19 +197,6 @@ def run(
         notes=notes,
         seconds=clock.seconds,
     )
-
-
-def _require_possible(
-    spec: ExportSpec, asked: Sequence[Target], backend: Backend | None, decision: EngineDecision
-) -> None:
-    """Refuse now what the builder, here or on the device, would refuse after all the work."""
-    if spec.build.dla is not None and asked:
-        check_dla(asked, spec.build.dla.core, str(spec.precision))
-    if backend is not None and decision.build_here:
-        backend.require_options(spec.build)
-    complaints = dla_complaints(spec.build, spec.precision, spec.batch, spec.dynamic_size)
-    if complaints:
-        raise InputError("; ".join(complaints))
 
 
 def _reparameterize(inputs: Inputs, judge: Judge) -> Fused:
@@ -267,48 +247,3 @@ def _described(spec: ExportSpec, precise: Precise, kept: Collection[str]) -> Pre
 
 def _is_plain(spec: ExportSpec) -> bool:
     return spec.variant is not None and spec.variant.squeeze is Squeeze.NONE
-
-
-def _engine_build(
-    spec: ExportSpec, inputs: Inputs, prologue: Prologue | None, *, half_scales: bool
-) -> EngineBuild:
-    """What whoever builds the engine elsewhere must be told."""
-    layout = prologue.layout if prologue else None
-    return EngineBuild(
-        precision=str(spec.precision),
-        inputs=tuple(
-            GraphInput.of(port.name, port.shape, layout) for port in inputs.interface.inputs
-        ),
-        batch=spec.batch,
-        size=spec.dynamic_size,
-        workspace_mib=spec.workspace_mib,
-        dla_core=spec.build.dla.core if spec.build.dla else None,
-        half_scales=half_scales,
-        implicit=spec.build.is_implicit,
-    )
-
-
-def _build(
-    backend: Backend,
-    request: BuildRequest,
-    model: onnx.ModelProto,
-    advance: Callable[[float], None],
-    *,
-    kept: Collection[str],
-) -> BuiltEngine:
-    """The engine of ``request``; ``model`` is the float graph whose convolutions it must have.
-
-    The nodes ``kept`` stay float or half in an INT8 or FP8 engine.
-    """
-    engine = backend.build(request, lambda _phase, fraction: advance(fraction))
-    convolutions = sum(node.op_type == "Conv" for node in model.graph.node)
-    quantized = sum(n.op_type == "Conv" and n.name not in kept for n in quantizable(model))
-    check_engine(
-        engine.summary,
-        request.precision,
-        convolutions,
-        computed_weights=convolutions - quantized,
-        pointwise=pointwise_convolutions(model),
-        allow_emulated=request.options.allow_emulated,
-    )
-    return engine

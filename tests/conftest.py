@@ -19,7 +19,7 @@ from exporter.layer_figures import ChannelSpread, LayerFigures, LayerTable, Spre
 from exporter.ledger import CurvePoint, Ledger, MixedPrecision, Rung
 from exporter.parity import GATES, Gate, StageResult, not_run
 from exporter.report import ReportContent, thumbnails
-from exporter.spec import ExportRequest, validate
+from exporter.request import ExportRequest, validate
 from exporter.worst_images import worst_images
 
 # As the command does it: tests share their cores with the processes they start.

@@ -27,10 +27,10 @@ from exporter.bundle import (
     REFERENCE,
     SCHEMA_VERSION,
     Bundle,
-    BundleWriter,
     dumps,
     file_sha256,
 )
+from exporter.bundle_writer import BundleWriter
 from exporter.errors import InputError
 
 GRAPH = """
@@ -344,7 +344,8 @@ def test_parents_that_others_use_stay(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from exporter.bundle import PARITY, BundleWriter, dumps
+from exporter.bundle import PARITY, dumps
+from exporter.bundle_writer import BundleWriter
 out, moment = Path(sys.argv[1]), sys.argv[2]
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)

@@ -18,8 +18,9 @@ from calibration.images import ImageFolder, Preprocess
 from exporter.data_check import SAMPLE_IMAGES, DataCheck, check_calibration, require_usable
 from exporter.errors import InputError
 from exporter.image_set import ArrayImages, FolderImages
+from exporter.request import ExportRequest, validate
 from exporter.source import Source, load_network
-from exporter.spec import RANDOM, ExportRequest, validate
+from exporter.spec import RANDOM
 from models.fusion import reparameterize
 from models.registry import bundled_weights
 from models.repvgg import RepVGG

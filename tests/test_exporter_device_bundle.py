@@ -17,7 +17,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from exporter import bundle as files
-from exporter.bundle import Bundle, BundleWriter
+from exporter.bundle import Bundle
+from exporter.bundle_writer import BundleWriter
 from exporter.device import (
     RunBackend,
     build,

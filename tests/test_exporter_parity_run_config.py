@@ -10,7 +10,7 @@ import pytest
 from exporter.errors import InputError
 from exporter.parity_run import Margins, read_config
 from exporter.parity_run.request_keys import KEYS, path_keys
-from exporter.spec import ExportRequest, validate
+from exporter.request import ExportRequest, validate
 from models.registry import bundled_weights
 
 ROOT = Path(__file__).parent.parent

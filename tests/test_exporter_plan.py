@@ -19,7 +19,8 @@ from exporter.plan_engine import MissingBackend, choose_backend, decide_engine, 
 from exporter.plan_sizes import count_weights, engine_bytes, graph_bytes
 from exporter.plan_view import plan_lines, plan_tables, size_text
 from exporter.profiles import BatchProfile, SizeProfile
-from exporter.spec import ExportRequest, Precision, validate
+from exporter.request import ExportRequest, validate
+from exporter.spec import Precision
 from models.variants import VARIANTS
 
 SHAPES = (

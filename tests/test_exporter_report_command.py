@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from exporter.cli import build_parser
 from exporter.report.command import command_line
-from exporter.spec import ExportRequest, Recipe, validate
+from exporter.request import ExportRequest, validate
+from exporter.spec import Recipe
 
 TEXT = st.text("abc /'\"$-", min_size=1, max_size=8).map(lambda text: f"x{text}")
 PATHS = st.none() | TEXT

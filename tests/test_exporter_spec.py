@@ -15,15 +15,8 @@ from hypothesis import strategies as st
 from exporter.build_options import BuildOptions, Dla, HardwareCompatibility, Quantization, Typing
 from exporter.errors import InputError
 from exporter.profiles import BatchProfile, SizeProfile, parse_image_size
-from exporter.spec import (
-    ExportRequest,
-    ExportSpec,
-    Precision,
-    Recipe,
-    choice,
-    validate,
-    weights_advice,
-)
+from exporter.request import ExportRequest, validate
+from exporter.spec import ExportSpec, Precision, Recipe, choice, weights_advice
 from models.variants import VARIANTS
 
 SIZES = st.integers(1, 10**6)

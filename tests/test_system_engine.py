@@ -19,7 +19,7 @@ from exporter.bundle import Bundle, file_sha256
 from exporter.comparison import compare
 from exporter.errors import InputError
 from exporter.pipeline import run
-from exporter.spec import ExportRequest, validate
+from exporter.request import ExportRequest, validate
 
 COMMON = {
     "manifest.json", "model.onnx", "model.engine", "engine.json", "reference.npz", "parity.json",

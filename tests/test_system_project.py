@@ -12,7 +12,8 @@ import pytest
 
 from exporter import __version__
 from exporter.engine import tensorrt, tensorrt_rtx
-from exporter.spec import ExportRequest, Precision
+from exporter.request import ExportRequest
+from exporter.spec import Precision
 from models import VARIANTS
 
 ROOT = Path(__file__).parent.parent

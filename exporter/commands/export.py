@@ -17,7 +17,7 @@ from exporter.console import (
     result_json,
 )
 from exporter.errors import EXIT_DONE, InputError
-from exporter.spec import ExportRequest, validate
+from exporter.request import ExportRequest, validate
 from exporter.terminal import progress_bars
 
 

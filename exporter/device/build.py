@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from exporter import bundle as files
-from exporter.bundle import Bundle, BundleWriter
+from exporter.bundle import Bundle
+from exporter.bundle_writer import BundleWriter
 from exporter.device.graph_census import read_census
 from exporter.device.runners import batch_profile, require_intact
 from exporter.devices import NO_ENGINE_YET, resolve_targets, target_text

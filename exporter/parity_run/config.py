@@ -31,7 +31,7 @@ from exporter.errors import InputError
 from exporter.parity_run.complaints import Complaints, nearest
 from exporter.parity_run.margins import KINDS, Margins
 from exporter.parity_run.request_keys import Layers, read_values
-from exporter.spec import ExportRequest
+from exporter.request import ExportRequest
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -19,7 +19,8 @@ from exporter.build_options import BuildOptions
 from exporter.devices import resolve_targets
 from exporter.errors import InputError, InvalidRequestError
 from exporter.parity_run.complaints import Complaints, nearest
-from exporter.spec import HUB, RANDOM, ExportRequest, ExportSpec, validate
+from exporter.request import ExportRequest, validate
+from exporter.spec import HUB, RANDOM, ExportSpec
 
 KEYS = tuple(item.name for item in fields(ExportRequest) if item.name != "out")
 _LISTS = ("target", "keep_float")

@@ -11,7 +11,7 @@ from exporter.bundle import MANIFEST
 from exporter.errors import ExporterError, GateFailedError
 from exporter.parity_run.case_result import CaseResult, Status
 from exporter.parity_run.config import Case
-from exporter.spec import validate
+from exporter.request import validate
 
 Progress = Callable[[str, float], None]
 

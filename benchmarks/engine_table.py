@@ -33,7 +33,7 @@ HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "engines.json"
 PAGE = HERE.parent / "docs" / "engines.md"
 MODELS = {"A0": (), "B1g4": ("--weights", "random")}
-PRECISIONS = (Precision.FP16, Precision.INT8)
+PRECISIONS = (Precision.FP16, Precision.BF16, Precision.INT8, Precision.FP8)
 PORTABLE = "portable"
 FEW_IMAGES = ("--calib-images", "32", "--evaluation-images", "16")
 """Enough for ranges that the engine's contents do not depend on."""

@@ -31,14 +31,15 @@ def test_the_result_covers_every_model_precision_and_target(table):
     """One row for each, the portable plan included, and nothing of another precision in it."""
     result = json.loads(table.RESULT.read_text("utf-8"))
     found = {(row["model"], row["precision"], row["target"]) for row in result["engines"]}
-    modern = {"sm80", "sm86", "sm89", "sm120", "sm121", table.PORTABLE}
-    wanted = {
-        (model, str(precision), target)
+    ada = {"sm89", "sm120", "sm121", table.PORTABLE}
+    ampere = ada | {"sm80", "sm86"}
+    wanted = {"fp16": ampere | {"sm75"}, "bf16": ampere, "int8": ampere, "fp8": ada}
+    assert {
+        (model, precision, target)
         for model in ("A0", "B1g4")
-        for precision in table.PRECISIONS
-        for target in (modern | {"sm75"} if str(precision) == "fp16" else modern)
-    }
-    assert wanted <= found
+        for precision, targets in wanted.items()
+        for target in targets
+    } == found
     kinds = {"fp16": "half"}
     for row in result["engines"]:
         counts = row["convolutions"]

@@ -55,6 +55,6 @@ def test_the_readmes_first_command_gives_what_the_readme_shows(clone):
     bundle = Bundle.load(clone / "build" / "A0-int8")
     assert ("pass", ()) == (bundle.parity["verdict"], bundle.damaged_files())
     table = README[README.index("| file | what it is |") : README.index("`repvgg-export verify")]
-    named = {name for row in re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE)
+    named = {name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
              for name in re.findall(r"`([\w.]+)`", row)} - {"model.fp16.onnx"}  # fmt: skip
     assert {*bundle.manifest["files"], "manifest.json"} == named

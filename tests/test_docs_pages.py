@@ -9,11 +9,12 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+
+from exporter import errors
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -59,31 +60,46 @@ def test_the_first_result_takes_less_than_a_hundred_words():
 def rendered(node: ast.AST) -> str:
     """A string of the source, with … for what is computed."""
     if isinstance(node, ast.JoinedStr):
-        return "".join(rendered(value) for value in node.values)
+        return re.sub("…+", "…", "".join(rendered(value) for value in node.values))
     is_text = isinstance(node, ast.Constant) and isinstance(node.value, str)
     return node.value if is_text else "…"
 
 
-def source_strings() -> Iterator[str]:
-    """Every string of the three packages, f-strings rendered; docstrings are not sentences."""
-    for package in ("exporter", "models", "calibration"):
-        for path in (ROOT / package).rglob("*.py"):
-            tree = ast.parse(path.read_text("utf-8"))
-            docstrings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-            for node in ast.walk(tree):
-                if isinstance(node, ast.JoinedStr | ast.Constant) and node not in docstrings:
-                    yield rendered(node)
+def sentences_of_the_code() -> dict[str, int | None]:
+    """Every string of the three packages but docstrings, and the exit code of the error it makes.
+
+    None where the string is no argument of an error of exporter.errors.
+    """
+    found: dict[str, int | None] = {}
+    packages = ("exporter", "models", "calibration")
+    for path in (path for name in packages for path in ROOT.glob(f"{name}/**/*.py")):
+        nodes = list(ast.walk(ast.parse(path.read_text("utf-8"))))
+        docstrings = {node.value for node in nodes if isinstance(node, ast.Expr)}
+        for node in nodes:
+            if isinstance(node, ast.JoinedStr | ast.Constant) and node not in docstrings:
+                found.setdefault(rendered(node), None)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args:
+                kind = getattr(errors, node.func.id, None)
+                if isinstance(kind, type) and issubclass(kind, errors.ExporterError):
+                    found[rendered(node.args[0])] = kind.exit_code
+    return found
 
 
 def test_every_sentence_of_troubleshooting_is_in_the_code():
-    """Word by word, with … where the code puts something in."""
+    """Word by word, with … where the code puts something in, under the exit code that it has."""
     text = (DOCS / "troubleshooting.md").read_text("utf-8")
-    sentences = re.findall(r"^### (.*)$", text, re.MULTILINE)
-    assert len(sentences) > 30
-    strings = set(source_strings())
-    for sentence in sentences:
-        assert re.fullmatch(r"`[^`]+`", sentence), sentence
-        assert any(sentence.strip("`") in string for string in strings), sentence
+    known = sentences_of_the_code()
+    judged = 0
+    for section in text.split("\n## ")[1:]:
+        code = int(re.search(r"\(exit code (\d+)\)", section.splitlines()[0])[1])
+        for sentence in re.findall(r"^### `(.+)`$", section, re.MULTILINE):
+            matches = [string for string in known if sentence in string]
+            assert matches, sentence
+            codes = {known[string] for string in matches} - {None}
+            assert codes <= {code}, sentence
+            judged += bool(codes)
+    assert judged >= 20
+    assert len(re.findall(r"^### `.+`$", text, re.MULTILINE)) == text.count("\n### ") >= 35
 
 
 def test_the_tables_of_devices_are_those_of_the_code():

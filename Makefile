@@ -25,7 +25,7 @@ ENGINE = $(BIN)/repvgg-export engine '$(MODEL)' --precision '$(PRECISION)' \
 	$(call option,--batch,$(BATCH)) $(call option,--image-size,$(IMAGE_SIZE)) \
 	--out '$(BUNDLE)' $(ARGS)
 
-.PHONY: engine parity test test-slow lint format benchmark benchmark-paper engine-table gpu-test clean
+.PHONY: engine parity test test-slow lint format benchmark benchmark-paper engine-table docs gpu-test clean
 
 engine: $(READY)
 	@$(ENGINE)
@@ -71,6 +71,10 @@ benchmark-paper: $(READY)
 engine-table: $(READY)
 	$(BIN)/python benchmarks/engine_table.py
 
+# The documentation as a site, in build/site; a broken link or anchor fails it.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # On a machine with a GPU: everything that nobody can run elsewhere, into one JSON file.
 gpu-test: $(VENV)/.with-cuda
 	$(BIN)/python benchmarks/gpu_test.py $(ARGS)
@@ -81,7 +85,7 @@ clean:
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--constraint constraints.txt --editable '.[export,rtx,dev]'
+		--constraint constraints.txt --editable '.[export,rtx,dev,docs]'
 	@touch $@
 
 $(VENV)/.with-cuda: $(READY)

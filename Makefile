@@ -46,7 +46,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 -m "not slow"
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n auto --maxprocesses 2 -m slow
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -31,7 +31,8 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 def run_command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run ``repvgg-export`` in a process of its own."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    # Parallel test runs set COLUMNS=80, where tables shorten their words.
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
     return subprocess.run(
         [sys.executable, "-m", "exporter", *arguments],
         capture_output=True,

@@ -101,7 +101,8 @@ def test_open_sizes_are_built_for_pixels(command, tmp_path):
     bundle = made(command, tmp_path / "b", *options)
     assert ["batch", "height", "width", 3] == bundle.manifest["inputs"][0]["shape"]
     engine = json.loads((bundle.path / "engine.json").read_text())
-    assert {"total": 22, "int8": 22, "half": 0, "float": 0} == engine["convolutions"]
+    counts = engine["convolutions"]
+    assert 22 == counts["total"] == counts["int8"]
     assert bundle.run(np.zeros((1, 72, 65, 3), np.uint8)).shape == (1, 10)
 
 

@@ -11,7 +11,7 @@ on one machine move on another:
 * int8 and the like, 1 dB: what the same graph gives by integer kernels and by kernels that
   dequantize first differs by less (measured; docs/ci.md).
 * fp16, 6 dB: with arithmetic purely in half the figure is 5 dB below what a CPU gives that computes
-  partly in float32 (README).
+  partly in float32 (docs/known.md).
 * agreement and top-1, one point: a few images at the border between two classes.
 * an engine's contents depend on TensorRT's release alone; its bytes may vary by a little.
 """

@@ -115,8 +115,8 @@ def validate(request: ExportRequest, network: Variant | str | None = None) -> Ex
     if variant is not None and dynamic_size is not None:
         complaints += _dynamic_size_complaints(dynamic_size, image_size)
     complaints += _number_complaints(request)
-    if precision is not None and precision is not Precision.INT8:
-        complaints += _int8_complaints(request, precision)
+    if precision is not None:
+        complaints += _quantized_complaints(request, precision)
     if complaints or precision is None or batch is None or build is None:
         raise InvalidRequestError(complaints)
     return ExportSpec(
@@ -207,22 +207,26 @@ def _dynamic_size_complaints(profile: SizeProfile, image_size: tuple[int, int] |
     return complaints
 
 
-def _int8_complaints(request: ExportRequest, precision: Precision) -> list[str]:
-    """What only INT8 can obey must not be dropped in silence."""
-    names: tuple[str, ...] = (
-        "recipe", "power_of_two", "calibration_table", "quantization", "calibration_cache",
-    )  # fmt: skip
-    if precision is not Precision.FP8:
-        names += ("keep_float", "per_tensor_weights")
+_OWNERS = {
+    "int8": ("recipe", "power_of_two", "calibration_table", "quantization", "calibration_cache"),
+    "int8 and fp8": ("keep_float", "per_tensor_weights"),
+}
+
+
+def _quantized_complaints(request: ExportRequest, precision: Precision) -> list[str]:
+    """What only a quantized precision can obey must not be dropped in silence."""
     known = ExportRequest.__dataclass_fields__
-    given = [
-        f"--{name.replace('_', '-')}"
-        for name in names
-        if getattr(request, name) not in (known[name].default, "")
-    ]
-    if not given:
-        return []
-    return [f"{', '.join(given)} belong{'s' * (len(given) == 1)} to int8, not to {precision}"]
+    complaints = []
+    for owners, names in _OWNERS.items():
+        given = [
+            f"--{name.replace('_', '-')}"
+            for name in names
+            if getattr(request, name) not in (known[name].default, "")
+        ]
+        if given and str(precision) not in owners.split(" and "):
+            verb = "belongs" if len(given) == 1 else "belong"
+            complaints.append(f"{', '.join(given)} {verb} to {owners}, not to {precision}")
+    return complaints
 
 
 def _number_complaints(request: ExportRequest) -> list[str]:

@@ -243,7 +243,10 @@ def test_everything_that_is_typed_arrives(tmp_path: Path) -> None:
 def test_what_only_int8_can_obey_is_refused_at_other_precisions() -> None:
     """Options that would change nothing are named."""
     found = complaint(precision="fp16", recipe="full", per_tensor_weights=True)
-    assert "--recipe, --per-tensor-weights belong to int8, not to fp16" == found
+    assert (
+        "--recipe belongs to int8, not to fp16; --per-tensor-weights belongs to int8 and fp8, not "
+        "to fp16"
+    ) == found
     assert "--power-of-two belongs to int8" in complaint(precision="fp32", power_of_two=True)
     assert "--quantization, --calibration-cache belong to int8, not to fp16" == complaint(
         precision="fp16", quantization="implicit", calibration_cache="c"

@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 import pytest
 
-from exporter import bundle as bundle_module
+from exporter import bundle_writer
 from exporter.bundle import (
     MANIFEST,
     MODEL,
@@ -235,7 +235,7 @@ class Saboteur:
         (Path, "rename"),
         (tempfile, "mkdtemp"),
         (os, "fsync"),
-        (bundle_module, "file_sha256"),
+        (bundle_writer, "file_sha256"),
     )
 
     def __init__(self, patch: pytest.MonkeyPatch, fatal: int, error: BaseException) -> None:

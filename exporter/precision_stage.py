@@ -95,8 +95,7 @@ def _half_all_through(
         require_half_range(largest_magnitudes(precise.model, judge.batches()))
         graph = to_half_scales(precise.graph)
         way = runnable(graph, str(spec.precision), half_scales=True)
-        run = OnnxRunner(way.model, optimize=way.optimize).run
-        judge.recheck("int8", run, _precision_gate(spec, inputs.source))
+        judge.recheck("int8", way.open().run, _precision_gate(spec, inputs.source))
     return replace(precise, graph=graph)
 
 
@@ -114,9 +113,8 @@ def _narrow(
             require_half_range(largest_magnitudes(model, judge.batches()))
         graph = to_type(kind, model)
         way = runnable(graph, str(spec.precision))
-        run = OnnxRunner(way.model, optimize=way.optimize).run
         pair = GraphPair(reference="simplified", good=model, bad=graph)
-        judge.check(str(spec.precision), run, _precision_gate(spec, inputs.source), pair)
+        judge.check(str(spec.precision), way.open().run, _precision_gate(spec, inputs.source), pair)
     return Precise(model=model, graph=graph, notes=way.notes)
 
 
@@ -137,9 +135,8 @@ def _fp8(
     with stage("quantize"):
         judge.recheck("simplified", OnnxRunner(made.model).run)
         way = runnable(made.graph, str(spec.precision))
-        run = OnnxRunner(way.model, optimize=way.optimize).run
         pair = GraphPair(reference="simplified", good=made.model, bad=made.graph)
-        judge.check(str(spec.precision), run, _precision_gate(spec, inputs.source), pair)
+        judge.check(str(spec.precision), way.open().run, _precision_gate(spec, inputs.source), pair)
     return Precise(model=made.model, graph=made.graph, table=made.table, kept_float=made.kept_float)
 
 

@@ -99,8 +99,7 @@ def precede(
         if precision is Precision.FP32:
             return replace(precise, model=model, graph=model)
         graph = _preceded(precise.graph, prologue)
-        ready = runnable(graph, str(precision), half_scales=half_scales)
-        runner = OnnxRunner(ready.model, optimize=ready.optimize)
+        runner = runnable(graph, str(precision), half_scales=half_scales).open()
         _recheck(judge, str(precision), _fed(runner, prologue))
     return replace(precise, model=model, graph=graph)
 

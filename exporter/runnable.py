@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exporter.errors import EnvironmentLackError
+from exporter.onnx_runner import OnnxRunner
 
 if TYPE_CHECKING:
     import onnx
@@ -32,11 +33,15 @@ _NOTE = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Runnable:
-    """What to hand to an OnnxRunner; ``notes`` are for people who read its results."""
+    """What an OnnxRunner is made of; ``notes`` are for people who read its results."""
 
     model: Path | onnx.ModelProto
     optimize: bool
     notes: tuple[str, ...] = ()
+
+    def open(self, *, threads: int = 0) -> OnnxRunner:
+        """The runner; ``threads`` 0 means all cores. Raises what :class:`OnnxRunner` does."""
+        return OnnxRunner(self.model, optimize=self.optimize, threads=threads)
 
 
 def runnable(

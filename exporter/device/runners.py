@@ -20,7 +20,7 @@ from exporter.device.memory import open_memory
 from exporter.device.timing import Step
 from exporter.engine.runtime_modules import runtime_module
 from exporter.errors import EnvironmentLackError, GateFailedError, InputError
-from exporter.onnx_runner import Batch, OnnxRunner, Outputs, Runner
+from exporter.onnx_runner import Batch, Outputs, Runner
 from exporter.profiles import BatchProfile
 from exporter.runnable import require_timeable, runnable
 from exporter.spec import choice
@@ -205,7 +205,7 @@ def _onnxruntime(bundle: Bundle, threads: int, note: str | None) -> BundleRunner
     precision = bundle.manifest["spec"]["precision"]
     began = time.perf_counter()
     way = runnable(bundle.graph_path, precision, half_scales=bundle.has_half_scales)
-    runner = OnnxRunner(way.model, optimize=way.optimize, threads=threads)
+    runner = way.open(threads=threads)
     startup = Startup(load_ms=1e3 * (time.perf_counter() - began))
 
     def prepare(batch: Batch) -> Step:

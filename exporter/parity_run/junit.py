@@ -14,9 +14,9 @@ from xml.etree import ElementTree
 
 from exporter.parity_run.baseline import Comparison
 from exporter.parity_run.case_result import CaseResult, Status
+from exporter.report.junit import FIGURES, document, words
 
 EXPORT = "export"
-_FIGURES = ("max_abs", "sqnr_db", "cosine", "top1_agreement", "top1")
 
 
 def junit_xml(results: Sequence[CaseResult], comparison: Comparison) -> str:
@@ -26,8 +26,7 @@ def junit_xml(results: Sequence[CaseResult], comparison: Comparison) -> str:
     for key in ("tests", "failures", "errors", "skipped"):
         root.set(key, str(sum(int(suite.get(key, "0")) for suite in suites)))
     root.extend(suites)
-    ElementTree.indent(root)
-    return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+    return document(root)
 
 
 def _suite(result: CaseResult, comparison: Comparison) -> ElementTree.Element:
@@ -66,10 +65,9 @@ def _test_case(
         ElementTree.SubElement(case, "failure", message=_xml_text("; ".join(reasons)))
     elif row is not None and row["status"] == "not_run":
         ElementTree.SubElement(case, "skipped", message=_xml_text(row["reason"] or "not run"))
-    figures = result.figures.get(place, {}) if row is None else {key: row[key] for key in _FIGURES}
-    words = [f"{key}={value}" for key, value in figures.items() if value is not None]
-    if words:
-        ElementTree.SubElement(case, "system-out").text = " ".join(words)
+    figures = result.figures.get(place, {}) if row is None else {key: row[key] for key in FIGURES}
+    if text := words(figures):
+        ElementTree.SubElement(case, "system-out").text = text
 
 
 def _xml_text(text: str) -> str:

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 from xml.etree import ElementTree
 
+FIGURES = ("max_abs", "sqnr_db", "cosine", "top1_agreement", "top1")
+"""The keys of a row of parity.json that a test case shows."""
+
 
 def junit_xml(parity: Mapping[str, Any], suite: str) -> str:
     """One test case a stage of parity.json; what did not run is ``skipped``, with the reason."""
@@ -25,7 +28,16 @@ def junit_xml(parity: Mapping[str, Any], suite: str) -> str:
         elif row["status"] == "not_run":
             ElementTree.SubElement(case, "skipped", message=row["reason"] or "not run")
         figures = ElementTree.SubElement(case, "system-out")
-        keys = ("max_abs", "sqnr_db", "cosine", "top1_agreement", "top1")
-        figures.text = " ".join(f"{key}={row[key]}" for key in keys if row[key] is not None)
+        figures.text = words({key: row[key] for key in FIGURES})
+    return document(root)
+
+
+def words(figures: Mapping[str, Any]) -> str:
+    """``sqnr_db=37.3 cosine=0.9999``; what is None is left out."""
+    return " ".join(f"{key}={value}" for key, value in figures.items() if value is not None)
+
+
+def document(root: ElementTree.Element) -> str:
+    """The XML text, indented, with its declaration."""
     ElementTree.indent(root)
     return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"

@@ -69,13 +69,14 @@ def measure_layers(
     tensors = [site.tensor for site in sites]
     probe = Probe(model, as_they_are(tensors))
     errors, kinds, reason = _Errors(), {}, None
+    after: dict[str, Maxima] = {}
     if graph is not None:
         kinds = _computed_in(graph)
         try:
-            errors = _measure_errors(probe, graph, tensors, batch)
+            errors, after = _measure_errors(probe, graph, sites, batch)
         except ExporterError as error:
             reason = str(error)
-    after = _channel_maxima(probe, sites, batch)
+    after = after or _channel_maxima(probe, sites, batch)
     before, old = {}, {}
     if exported is not model:
         before = _channel_maxima(Probe(exported, as_they_are(tensors)), sites, batch)
@@ -111,21 +112,24 @@ class _Errors:
 
 
 def _measure_errors(
-    probe: Probe, graph: onnx.ModelProto, tensors: Sequence[str], batch: Batch
-) -> _Errors:
-    at = places(tensors, graph)
+    probe: Probe, graph: onnx.ModelProto, sites: Sequence[LayerSite], batch: Batch
+) -> tuple[_Errors, dict[str, Maxima]]:
+    """Also the channels' maxima of the float graph, whose tensors are at hand."""
+    at = places([site.tensor for site in sites], graph)
     running, cut = Probe(graph, at), Probe(graph, at, given=True)
     names = [place.tensor for place in at]
     errors = _Errors(all_before={n: Noise() for n in names}, alone={n: Noise() for n in names})
+    maxima: dict[str, Maxima] = {}
     for part in steps(batch):
         exact = probe.run(part)
+        _add_maxima(maxima, sites, exact)
         for noises, found in (
             (errors.all_before, running.run(part)),
             (errors.alone, cut.run(part, exact)),
         ):
             for name in names:
                 noises[name].add(exact[name], found[name])
-    return errors
+    return errors, maxima
 
 
 def _computed_in(graph: onnx.ModelProto) -> dict[str, str]:
@@ -147,16 +151,22 @@ def _computed_in(graph: onnx.ModelProto) -> dict[str, str]:
 
 
 def _channel_maxima(probe: Probe, sites: Sequence[LayerSite], batch: Batch) -> dict[str, Maxima]:
-    found: dict[str, Maxima] = {}
+    maxima: dict[str, Maxima] = {}
     for part in steps(batch):
-        values = probe.run(part)
-        for site in sites:
-            # A MatMul's channels are its last axis, those of Conv and Gemm the second.
-            axis = -1 if site.node.op_type == "MatMul" else 1
-            magnitudes = np.abs(np.moveaxis(values[site.tensor], axis, 0))
-            largest = magnitudes.reshape(len(magnitudes), -1).max(axis=1).astype(np.float64)
-            found[site.tensor] = np.maximum(found.get(site.tensor, largest), largest)
-    return found
+        _add_maxima(maxima, sites, probe.run(part))
+    return maxima
+
+
+def _add_maxima(
+    maxima: dict[str, Maxima], sites: Sequence[LayerSite], values: Mapping[str, FloatArray]
+) -> None:
+    """Raise each layer's channel maxima to those of ``values``."""
+    for site in sites:
+        # A MatMul's channels are its last axis, those of Conv and Gemm the second.
+        axis = -1 if site.node.op_type == "MatMul" else 1
+        magnitudes = np.abs(np.moveaxis(values[site.tensor], axis, 0))
+        largest = magnitudes.reshape(len(magnitudes), -1).max(axis=1).astype(np.float64)
+        maxima[site.tensor] = np.maximum(maxima.get(site.tensor, largest), largest)
 
 
 def _weight_maxima(model: onnx.ModelProto) -> dict[str, Maxima]:

@@ -55,19 +55,19 @@ def print_warning(text: str) -> None:
 
 def print_result(result: ExportResult) -> None:
     """The ledger, what the engine contains, and where the bundle is."""
-    from exporter.engine import count_words
+    from exporter.engine import count_words, same_figures
 
     spec = result.bundle.manifest["spec"]
     print_ledger(result.ledger.to_json(), f"{spec['name']} {spec['precision']}")
     total = sum(result.seconds.values())
     if result.engine.get("status") == "deferred":
-        targets = ", ".join(result.engine["targets"])
-        print_line(f"{spec['out']}: no engine yet for {targets}; {total:.1f} s")
+        waiting = ", ".join(result.engine["targets"])
+        print_line(f"{spec['out']}: no engine yet for {waiting}; {total:.1f} s")
         return
-    for targets, figures in _same_figures(result.engine["per_target"]):
+    for names, figures in same_figures(result.engine["per_target"]):
         counts = figures["convolutions"]
         print_line(
-            f"{targets}: {counts['total']} convolutions ({count_words(counts)}), "
+            f"{' '.join(names)}: {counts['total']} convolutions ({count_words(counts)}), "
             f"{figures['epilogue_fused']} with fused epilogue, "
             f"{figures['other_kernels']} other kernels"
         )
@@ -87,17 +87,6 @@ def print_plan(plan: Plan) -> None:
         print_table(table)
     for line in plan_lines(plan):
         print_line(line)
-
-
-def _same_figures(per_target: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Targets with equal figures on one line: a plan for several has one layer table."""
-    groups: list[tuple[str, dict[str, Any]]] = []
-    for target, figures in per_target.items():
-        if groups and groups[-1][1] == figures:
-            groups[-1] = (f"{groups[-1][0]} {target}", figures)
-        else:
-            groups.append((target, figures))
-    return groups
 
 
 def print_ledger(parity: Mapping[str, Any], title: str) -> None:

@@ -22,16 +22,17 @@ DISTRIBUTIONS = {
 
 def versions() -> dict[str, str | None]:
     """Installed version of everything that takes part in an export; None where it is missing."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name, distributions in DISTRIBUTIONS.items():
-        found[name] = None
-        for distribution in distributions:
-            try:
-                found[name] = metadata.version(distribution)
-                break
-            except metadata.PackageNotFoundError:
-                continue
-    return found
+    return {"python": platform.python_version(), **{name: version(name) for name in DISTRIBUTIONS}}
+
+
+def version(name: str) -> str | None:
+    """Installed version of one of `DISTRIBUTIONS`, under any of its names; None without it."""
+    for distribution in DISTRIBUTIONS[name]:
+        try:
+            return metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
 
 
 def created() -> str:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from importlib import metadata
 
 import numpy as np
 
@@ -22,6 +21,7 @@ from exporter.engine.runtime_modules import runtime_module
 from exporter.errors import EnvironmentLackError, GateFailedError, InputError
 from exporter.onnx_runner import Batch, Outputs, Runner
 from exporter.profiles import BatchProfile
+from exporter.provenance import version
 from exporter.runnable import require_timeable, runnable
 from exporter.spec import choice
 
@@ -218,22 +218,13 @@ def _onnxruntime(bundle: Bundle, threads: int, note: str | None) -> BundleRunner
 
     return BundleRunner(
         backend=RunBackend.ONNXRUNTIME,
-        library=f"onnxruntime {_version('onnxruntime', 'onnxruntime-gpu')} on the CPU",
+        library=f"onnxruntime {version('onnxruntime') or '(version unknown)'} on the CPU",
         run=runner.run,
         batch=batch_profile(bundle),
         prepare=prepare,
         note=note,
         startup=startup,
     )
-
-
-def _version(*distributions: str) -> str:
-    for name in distributions:
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return "(version unknown)"
 
 
 def _filled(batch: Batch, count: int) -> Batch:

@@ -32,6 +32,7 @@ from exporter.engine.summary import (
     TargetFigures,
     check_engine,
     count_words,
+    same_figures,
 )
 from exporter.engine.targets import (
     emulated_targets,
@@ -74,6 +75,7 @@ __all__ = [
     "precision_lack",
     "require_half_scales",
     "require_one_form",
+    "same_figures",
 ]
 
 AUTO = "auto"

@@ -6,9 +6,11 @@ in float and say nothing. The figures here come from the builder's own layer tab
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import Enum
+from typing import Any
 
 from exporter.errors import GateFailedError
 from exporter.spec import Precision
@@ -48,6 +50,14 @@ def count_words(counts: Mapping[str, int]) -> str:
     rest = {key: label for key, label in _RARE.items() if counts.get(key)}
     labels = {"int8": "INT8", "half": "half", "float": "float", **rest}
     return ", ".join(f"{counts[key]} {label}" for key, label in labels.items())
+
+
+def same_figures(
+    per_target: Mapping[str, Mapping[str, Any]],
+) -> list[tuple[tuple[str, ...], Mapping[str, Any]]]:
+    """Neighbours with equal figures of ``engine.json`` together: one plan has one layer table."""
+    groups = itertools.groupby(per_target, key=per_target.__getitem__)
+    return [(tuple(targets), figures) for figures, targets in groups]
 
 
 _COUNTED_AS = {

@@ -7,6 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from exporter.engine import same_figures
 from exporter.plan_engine import DEFERRED
 from exporter.report import numbers
 from exporter.report.command import command_line
@@ -55,7 +56,7 @@ def html(content: ReportContent) -> str:
         parity=parity,
         engine=content.engine,
         deferred=_deferred(content.engine),
-        engine_groups=_engine_groups(content.engine),
+        engine_groups=same_figures((content.engine or {}).get("per_target", {})),
         engine_kinds=_engine_kinds(content.engine),
         failed=content.failure is not None or parity["verdict"] == "fail",
         failure=content.failure,
@@ -110,14 +111,3 @@ def _engine_kinds(engine: Mapping[str, Any] | None) -> list[tuple[str, str]]:
         for key, label in _KINDS.items()
         if key in _USUAL or any(row.get(key) for row in rows)
     ]
-
-
-def _engine_groups(engine: Mapping[str, Any] | None) -> list[tuple[str, Mapping[str, Any]]]:
-    """Targets with equal figures in one row: a plan for several has one layer table."""
-    groups: list[tuple[str, Mapping[str, Any]]] = []
-    for target, figures in (engine or {}).get("per_target", {}).items():
-        if groups and groups[-1][1] == figures:
-            groups[-1] = (f"{groups[-1][0]}, {target}", figures)
-        else:
-            groups.append((target, figures))
-    return groups

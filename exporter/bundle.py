@@ -39,6 +39,11 @@ JUNIT = "junit.xml"
 REPORT = "report.html"
 
 
+def graph_name(precision: str) -> str:
+    """The file that the builder parses."""
+    return MODEL if precision == "fp32" else f"model.{precision}.onnx"
+
+
 def file_sha256(path: Path) -> str:
     """Hex digest of a file's bytes."""
     digest = hashlib.sha256()
@@ -93,8 +98,7 @@ class Bundle:
     @property
     def graph_path(self) -> Path:
         """The ONNX that the engine was built from."""
-        precision = self.manifest["spec"]["precision"]
-        return self.path / (MODEL if precision == "fp32" else f"model.{precision}.onnx")
+        return self.path / graph_name(self.manifest["spec"]["precision"])
 
     @property
     def has_half_scales(self) -> bool:

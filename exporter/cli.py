@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exporter import __version__
-from exporter.commands import completion, device, export, files, outcome, parity
+from exporter.commands import cache, completion, device, export, files, outcome, parity
 from exporter.commands.argument_parser import ArgumentParser, UsageError
 from exporter.spec import Precision, Recipe
 from models.variants import VARIANTS
@@ -34,6 +34,7 @@ _EXAMPLES = {
     "inspect": "inspect a0.pth --json",
     "convert": "convert a0.pth a0.safetensors --form deploy",
     "parity": "parity parity.toml --baseline parity-baseline.json",
+    "cache": "cache ls",
     "completion": "completion bash > ~/.local/share/bash-completion/completions/repvgg-export",
 }
 
@@ -63,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     device.add_commands(command)
     files.add_commands(command)
     parity.add_command(command)
+    cache.add_command(command)
     completion.add_command(command)
     for each in commands.choices.values():
         _add_terminal(each, given_twice=True)
@@ -86,6 +88,11 @@ def _add_terminal(parser: argparse.ArgumentParser, *, given_twice: bool) -> None
 def _add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help=f"variant: {', '.join(VARIANTS)}")
     _add_request(parser)
+    add = parser.add_argument_group("stage cache").add_argument
+    add("--explain", action="store_true", help="say which stages were reused, and what has changed "
+        "for the others")  # fmt: skip
+    add("--no-cache", dest="cached", action="store_false", help="make every stage anew and keep "
+        "none")  # fmt: skip
     parser.set_defaults(run=export.run_engine)
 
 

@@ -30,6 +30,7 @@ def result_json(result: ExportResult) -> dict[str, Any]:
         "engine": result.engine,
         "notes": list(result.notes),
         "seconds": result.seconds,
+        "stages": [use.to_json() for use in result.stages],
     }
 
 
@@ -77,6 +78,34 @@ def print_result(result: ExportResult) -> None:
         f"{spec['out']}: engine of {result.engine['plan_bytes'] / 1e6:.1f} MB for "
         f"{', '.join(result.engine['targets'])}; {total:.1f} s"
     )
+
+
+_STAGES = {
+    "float": "float graph",
+    "draft": "graphs, tables and evidence",
+    "engine": "engine",
+}
+"""What people call the stages that are kept."""
+
+
+def print_stages(result: ExportResult) -> None:
+    """`--explain`: each stage that can be kept, whether it was, and what has changed."""
+    from rich.table import Table
+
+    table = Table("stage", "", title="stages", title_justify="left")
+    for name in ("now s", "made in s"):
+        table.add_column(name, justify="right")
+    table.add_column("why", overflow="fold")
+    for use in result.stages:
+        figures = (f"{use.seconds:.2f}", f"{use.made_in:.2f}")
+        words = [
+            f"{name}: {was or '-'} -> {now or '-'}" for name, (was, now) in use.changed.items()
+        ]
+        why = "nothing has changed" if use.reused else "\n".join(words) or use.reason
+        table.add_row(_STAGES[use.stage], "reused" if use.reused else "made", *figures, why)
+    print_table(table)
+    draft = next(use for use in result.stages if use.stage == "draft")
+    print_line(f"up to the builder: {draft.seconds:.2f} s, {draft.made_in:.2f} s when it was made")
 
 
 def print_plan(plan: Plan) -> None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
-import onnx
-
+from exporter import bundle as files
 from exporter.devices import Target, check_dla
+from exporter.draft import Draft, ExpectedConvolutions
 from exporter.engine import Backend, BuildRequest, BuiltEngine, check_engine, dla_complaints
 from exporter.errors import InputError
-from exporter.graph import pointwise_convolutions, quantizable
-from exporter.inputs import Inputs
-from exporter.plan_commands import EngineBuild, GraphInput
+from exporter.plan_commands import EngineBuild
 from exporter.plan_engine import EngineDecision
-from exporter.prologue import Prologue
 from exporter.spec import ExportSpec
 
 
@@ -30,16 +28,11 @@ def require_possible(
         raise InputError("; ".join(complaints))
 
 
-def engine_build(
-    spec: ExportSpec, inputs: Inputs, prologue: Prologue | None, *, half_scales: bool
-) -> EngineBuild:
+def engine_build(spec: ExportSpec, draft: Draft, *, half_scales: bool) -> EngineBuild:
     """What whoever builds the engine elsewhere must be told."""
-    layout = prologue.layout if prologue else None
     return EngineBuild(
         precision=str(spec.precision),
-        inputs=tuple(
-            GraphInput.of(port.name, port.shape, layout) for port in inputs.interface.inputs
-        ),
+        inputs=draft.inputs,
         batch=spec.batch,
         size=spec.dynamic_size,
         workspace_mib=spec.workspace_mib,
@@ -49,27 +42,40 @@ def engine_build(
     )
 
 
+def build_request(spec: ExportSpec, folder: Path, targets: tuple[str, ...]) -> BuildRequest:
+    """The engine of ``spec`` for ``targets`` from the files of a draft in ``folder``."""
+    cache = folder / files.CALIBRATION_CACHE
+    return BuildRequest(
+        onnx_path=folder / files.graph_name(str(spec.precision)),
+        precision=spec.precision,
+        targets=targets,
+        batch=spec.batch,
+        size=spec.dynamic_size,
+        workspace_mib=spec.workspace_mib,
+        float_path=folder / files.MODEL,
+        cache_path=cache if cache.exists() else None,
+        options=spec.build,
+    )
+
+
 def build_engine(
     backend: Backend,
     request: BuildRequest,
-    model: onnx.ModelProto,
+    expected: ExpectedConvolutions,
     advance: Callable[[float], None],
-    *,
-    kept: Collection[str],
 ) -> BuiltEngine:
-    """The engine of ``request``; ``model`` is the float graph whose convolutions it must have.
+    """The engine of ``request``, whose convolutions are what is ``expected``.
 
-    The nodes ``kept`` stay float or half in an INT8 or FP8 engine.
+    Raises:
+        GateFailedError: if they are not, or do not run in the precision asked for.
     """
     engine = backend.build(request, lambda _phase, fraction: advance(fraction))
-    convolutions = sum(node.op_type == "Conv" for node in model.graph.node)
-    quantized = sum(n.op_type == "Conv" and n.name not in kept for n in quantizable(model))
     check_engine(
         engine.summary,
         request.precision,
-        convolutions,
-        computed_weights=convolutions - quantized,
-        pointwise=pointwise_convolutions(model),
+        expected.total,
+        computed_weights=expected.unquantized,
+        pointwise=expected.pointwise,
         allow_emulated=request.options.allow_emulated,
     )
     return engine

@@ -1,9 +1,9 @@
-"""What a bundle says about itself: engine contents, table, reference values, ledger, manifest."""
+"""What the network, its images and its graphs say in a bundle: table, reference, manifest."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,15 @@ from torch import nn
 from calibration.table import CalibrationTable
 from exporter import bundle as files
 from exporter import report
-from exporter.bundle_writer import BundleWriter
 from exporter.contract import ContractVerdict
-from exporter.fused_blocks import Fused
 from exporter.inputs import Inputs
 from exporter.judge import Judge
 from exporter.layers import measure_layers
 from exporter.network import Interface, multiply_accumulates
 from exporter.onnx_runner import FloatArray
-from exporter.plan_engine import EngineOutcome
 from exporter.prologue import Prologue, normalized
-from exporter.provenance import created, versions
-from exporter.report import ReportContent
 from exporter.spec import ExportSpec, Precision
+from models import BlockEquivalence
 
 REFERENCE_IMAGES = 8
 TENSORRT_CACHE_VERSION = "10.3.0"
@@ -50,24 +46,23 @@ def graph_metadata(spec: ExportSpec, inputs: Inputs) -> dict[str, str]:
 
 
 def write_calibration(
-    writer: BundleWriter,
+    folder: Path,
     precision: Precision,
     table: CalibrationTable | None,
     pixel_inputs: Collection[str] = (),
-) -> Path | None:
-    """Write the scales as this project's JSON and, for INT8, as TensorRT's text, whose path it is.
+) -> None:
+    """Write the scales as this project's JSON and, for INT8, as TensorRT's text.
 
     Builders without Q/DQ read model.onnx: behind the prologue of the inputs ``pixel_inputs`` its
     tensors have other names.
     """
     if table is None:
-        return None
-    writer.write_text(files.CALIBRATION, table.dumps())
-    if precision is not Precision.INT8:
-        return None
-    own = table.renamed({name: normalized(name) for name in pixel_inputs})
-    writer.write_text(files.CALIBRATION_CACHE, own.to_cache_text(TENSORRT_CACHE_VERSION))
-    return writer.path(files.CALIBRATION_CACHE)
+        return
+    (folder / files.CALIBRATION).write_text(table.dumps(), encoding="utf-8")
+    if precision is Precision.INT8:
+        own = table.renamed({name: normalized(name) for name in pixel_inputs})
+        text = own.to_cache_text(TENSORRT_CACHE_VERSION)
+        (folder / files.CALIBRATION_CACHE).write_text(text, encoding="utf-8")
 
 
 def gather(
@@ -86,49 +81,15 @@ def gather(
     judge.record_layers(measure_layers(exported, model, compared, precision, batch))
 
 
-def write_evidence(
-    writer: BundleWriter,
-    inputs: Inputs,
-    judge: Judge,
-    engine: EngineOutcome,
-    prologue: Prologue | None,
-) -> None:
-    writer.write_text(files.ENGINE_SUMMARY, files.dumps(engine.to_json()))
-    if engine.built is not None:
-        writer.path(files.ENGINE).write_bytes(engine.built.plan)
-        writer.write_text(files.BUILD_LOG, engine.built.build_log)
+def write_reference(folder: Path, inputs: Inputs, judge: Judge, prologue: Prologue | None) -> None:
+    """Write a few real inputs, as the graph takes them, and the original's outputs for them."""
     (sample, *_) = judge.samples(REFERENCE_IMAGES)
     ports = inputs.interface
     given = sample if prologue is None else prologue.pixels(sample)
     arrays = {port.name: array for port, array in zip(ports.inputs, given, strict=True)}
     for port in ports.outputs:
         arrays[port.name] = judge.original[port.name][: len(sample[0])]
-    np.savez(writer.path(files.REFERENCE), **arrays)  # type: ignore[arg-type]
-    writer.write_text(files.PARITY, files.dumps(judge.ledger.to_json()))
-
-
-def write_report(
-    writer: BundleWriter,
-    document: Mapping[str, Any],
-    inputs: Inputs,
-    judge: Judge,
-    engine: EngineOutcome,
-    *,
-    seconds: Mapping[str, float],
-) -> None:
-    """Add junit.xml and report.html to a bundle that has all its other files but the manifest."""
-    spec, parity = document["spec"], judge.ledger.to_json()
-    suite = f"repvgg.{spec['variant'] or spec['name']}.{spec['precision']}"
-    writer.write_text(files.JUNIT, report.junit_xml(parity, suite))
-    content = ReportContent(
-        manifest=document,
-        parity=parity,
-        engine=engine.to_json(),
-        seconds=seconds,
-        files=writer.sizes(),
-        pictures=pictures(inputs, judge),
-    )
-    writer.write_text(files.REPORT, report.html(content))
+    np.savez(folder / files.REFERENCE, **arrays)  # type: ignore[arg-type]
 
 
 def pictures(inputs: Inputs, judge: Judge) -> dict[int, str]:
@@ -143,23 +104,21 @@ def pictures(inputs: Inputs, judge: Judge) -> dict[int, str]:
     return report.thumbnails(images, inputs.preprocess)
 
 
-def manifest(
-    spec: ExportSpec,
+def document(
     inputs: Inputs,
-    engine: EngineOutcome,
     *,
-    fused: Fused,
+    figures: Mapping[str, Any],
+    blocks: Sequence[BlockEquivalence],
     verdict: ContractVerdict,
     prologue: Prologue | None,
     recipe: str | None,
-    half_scales: bool,
-    notes: tuple[str, ...],
 ) -> dict[str, Any]:
+    """The manifest's part about the network and its graphs; ``figures`` by `model_figures`."""
     interface = inputs.interface
-    worst = max(fused.blocks, key=lambda block: block.relative, default=None)
+    worst = max(blocks, key=lambda block: block.relative, default=None)
     return {
-        **what_went_in(spec, inputs, recipe),
-        "model": _model(spec, inputs.interface, fused.module),
+        **what_went_in(inputs, recipe),
+        "model": dict(figures),
         "inputs": [
             prologue.port(port.name, port.shape) if prologue else port.to_json()
             for port in interface.inputs
@@ -170,36 +129,31 @@ def manifest(
             "prologue": list(prologue.operators) if prologue else [],
         },
         "reparameterization": {
-            "blocks": [asdict(block) for block in fused.blocks],
+            "blocks": [asdict(block) for block in blocks],
             "worst_block": worst.name if worst else None,
             "worst_relative": worst.relative if worst else None,
         },
-        "targets": list(engine.targets),
-        "half_scales": half_scales,
-        "notes": list(notes),
     }
 
 
-def what_went_in(spec: ExportSpec, inputs: Inputs, recipe: str | None = None) -> dict[str, Any]:
-    """The part of the manifest that is known before anything has been made."""
+def what_went_in(inputs: Inputs, recipe: str | None = None) -> dict[str, Any]:
+    """The part that is known before anything has been made."""
     source = inputs.source
     calibration = None
     if inputs.calibration is not None:
         calibration = {"recipe": recipe, **inputs.calibration.to_json()}
         calibration["data"] = inputs.data.to_json() if inputs.data else None
     return {
-        "created": created(),
         "class_names": list(source.class_names) if source.class_names else None,
         "weights": source.origin,
         "calibration": calibration,
         "evaluation": inputs.evaluation.to_json(),
         "preprocess": inputs.preprocess.to_json() if inputs.preprocess else None,
-        "versions": versions(),
-        "spec": spec.to_json(),
     }
 
 
-def _model(spec: ExportSpec, interface: Interface, module: nn.Module) -> dict[str, Any]:
+def model_figures(spec: ExportSpec, interface: Interface, module: nn.Module) -> dict[str, Any]:
+    """What the manifest says of the network ``module`` in deploy form."""
     variant, classes = spec.variant, interface.num_classes
     if variant is not None and classes is not None:
         (_, _, height, width) = interface.example[0]

@@ -9,38 +9,51 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from exporter import report
 from exporter.bundle import dumps
+from exporter.clock import StageClock
+from exporter.draft import Draft
 from exporter.errors import GateFailedError, InputError
-from exporter.evidence import pictures, what_went_in
-from exporter.inputs import Inputs
-from exporter.judge import Judge
+from exporter.ledger import Ledger
+from exporter.publication import head
 from exporter.report import ReportContent
 from exporter.spec import ExportSpec
 
 
-class StageClock(Protocol):
-    """The time of each stage that ended, and the stage that runs."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Told:
+    """What a failed run has to tell: its part of the manifest, its notes, ledger and pictures."""
 
-    @property
-    def seconds(self) -> dict[str, float]: ...
-
-    @property
-    def running(self) -> str | None: ...
+    document: Mapping[str, Any]
+    notes: tuple[str, ...]
+    ledger: Ledger
+    pictures: Mapping[int, str]
 
 
 @dataclass(slots=True)
 class Scene:
-    """What is known so far; filled by the run as it goes."""
+    """What is known so far; filled by the run as it goes. ``tell`` is asked only after a failure.
 
-    inputs: Inputs | None = None
-    judge: Judge | None = None
+    It may raise OSError or InputError, where images have vanished.
+    """
+
+    tell: Callable[[], Told] | None = None
+
+    def show(self, draft: Draft) -> None:
+        """Everything but the engine is made."""
+        told = Told(
+            document=draft.document,
+            notes=draft.notes,
+            ledger=draft.ledger,
+            pictures=draft.pictures,
+        )
+        self.tell = lambda: told
 
 
 def failure_paths(out: Path) -> tuple[Path, Path]:
@@ -62,30 +75,29 @@ def told_if_failed(spec: ExportSpec, clock: StageClock) -> Iterator[Scene]:
     try:
         yield scene
     except GateFailedError as error:
-        if scene.inputs is not None and scene.judge is not None:
+        if scene.tell is not None:
             with contextlib.suppress(OSError, InputError):
-                error.report = _write(spec, clock, scene.inputs, scene.judge, error)
+                error.report = _write(spec, clock, scene.tell(), error)
         raise
 
 
-def _write(
-    spec: ExportSpec, clock: StageClock, inputs: Inputs, judge: Judge, error: GateFailedError
-) -> Path:
-    parity = dict(error.evidence or judge.ledger.to_json(), verdict="fail")
+def _write(spec: ExportSpec, clock: StageClock, told: Told, error: GateFailedError) -> Path:
+    parity = dict(error.evidence or told.ledger.to_json(), verdict="fail")
     if error.localization is not None:
         parity["localization"] = error.localization
     document: dict[str, Any] = {
-        **what_went_in(spec, inputs),
+        **head(spec),
+        **told.document,
         "model": None,
         "reparameterization": None,
-        "notes": list(inputs.source.notes + inputs.notes + judge.notes),
+        "notes": list(told.notes),
     }
     page, figures = failure_paths(spec.out)
     content = ReportContent(
         manifest=document,
         parity=parity,
         seconds=clock.seconds,
-        pictures=pictures(inputs, judge),
+        pictures=told.pictures,
         failure=str(error),
         failed_in=clock.running,
     )

@@ -9,11 +9,11 @@ from pathlib import Path
 from calibration.images import Preprocess
 from exporter.data_check import DataCheck, check_calibration, require_usable
 from exporter.errors import InputError
+from exporter.image_choice import BUNDLED, calibration_root, evaluation_root
 from exporter.image_set import FolderImages, ImageSet
 from exporter.network import Interface, classifier_interface
 from exporter.source import Source, load_network
 from exporter.spec import RANDOM, ExportSpec
-from models.registry import BundledWeights, bundled_weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,12 +58,12 @@ def prepare(
         evaluation, notes = calibration, (arrays_note,)
     # Trained scales need no images, and neither need the clip values of a table.
     known = source.trained is not None or spec.calibration_table is not None
-    own = source.origin["source"] in ("bundled", RANDOM)
+    own = source.origin["source"] in (BUNDLED, RANDOM)
     needed = spec.calibration is not None or not known or (own and source.trained is None)
     if calibration is None and spec.precision.is_quantized and needed:
-        calibration = calibration_images(spec, source, _required(preprocess, "calibration"))
+        calibration = calibration_images(spec, _required(preprocess, "calibration"))
     if evaluation is None:
-        evaluation, notes = evaluation_images(spec, source, _required(preprocess, "evaluation"))
+        evaluation, notes = evaluation_images(spec, _required(preprocess, "evaluation"))
     data = None
     if spec.precision.is_quantized and calibration is not None:
         # ImageNet's is a guess where the caller prepared the arrays and does not say how.
@@ -128,55 +128,32 @@ def choose_preprocess(spec: ExportSpec, source: Source) -> Preprocess | None:
     return replace(chosen, image_size=size) if size else chosen
 
 
-def calibration_images(spec: ExportSpec, source: Source, preprocess: Preprocess) -> FolderImages:
+def calibration_images(spec: ExportSpec, preprocess: Preprocess) -> FolderImages:
     """The images that decide the scales; never random data.
 
     Raises:
         InputError: if there are none, or the folder cannot be used.
     """
-    if spec.calibration is not None:
-        root, words = spec.calibration, f"folder {spec.calibration}"
-    elif source.origin["source"] in ("bundled", RANDOM):
-        root, words = _bundled_images().calibration_images, "bundled training images"
-    else:
+    found = calibration_root(spec)
+    if found is None:
         raise InputError(
             f"{spec.precision} needs calibration images of the kind the network was trained on: "
             "pass CALIB=folder (50 to 500 images)"
         )
+    root, words = found
     return _open(spec, root, preprocess, words, spec.calibration_images)
 
 
 def evaluation_images(
-    spec: ExportSpec, source: Source, preprocess: Preprocess
+    spec: ExportSpec, preprocess: Preprocess
 ) -> tuple[FolderImages, tuple[str, ...]]:
     """The real images on which all stages are compared, and notes on what they can show.
 
-    The user's evaluation folder, else the bundled test images for the bundled network, else the
-    calibration folder, else the bundled test images (good enough for float arithmetic, and said).
+    Raises:
+        InputError: if the folder cannot be used.
     """
-    notes: tuple[str, ...] = ()
-    if spec.evaluation is not None:
-        root, words = spec.evaluation, f"folder {spec.evaluation}"
-    elif spec.calibration is not None and source.origin["source"] != "bundled":
-        root, words = spec.calibration, f"calibration folder {spec.calibration}"
-        notes = (
-            "parity is measured on the calibration images; pass --evaluation for held-out ones",
-        )
-    else:
-        root, words = _bundled_images().test_images, "bundled test images"
-        if source.origin["source"] != "bundled":
-            notes = (
-                "parity is measured on the bundled digit images, which are not this network's "
-                "kind; pass --evaluation",
-            )
+    root, words, notes = evaluation_root(spec)
     return _open(spec, root, preprocess, words, spec.evaluation_images), notes
-
-
-def _bundled_images() -> BundledWeights:
-    bundled = bundled_weights("A0")
-    if bundled is None:
-        raise InputError("this installation has no bundled images: pass CALIB= and --evaluation")
-    return bundled
 
 
 def _open(

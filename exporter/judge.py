@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from exporter import parity
 from exporter.comparison import accuracy
@@ -32,8 +32,25 @@ FLOAT_STAGES = ("onnx", "simplified")
 UNQUANTIZED = "original without its quantizers"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """What a judge has seen so far, to go on from in another process.
+
+    ``original`` are the network's outputs on the first ``count`` images, ``limit`` batches of them
+    (None: all); ``scored`` are rows with the images that they are worst on.
+    """
+
+    original: Outputs
+    count: int
+    limit: int | None
+    ledger: Ledger
+    scored: tuple[tuple[StageResult, WorstImages], ...] = ()
+
+
 class Judge:
     """Holds the original's outputs and the ledger; refuses a stage that fails its gate.
+
+    With ``before`` it goes on where another judge of the same images stopped.
 
     With a dynamic size the first batch is compared at the profile's smallest and largest size too,
     rounded to whole pixels where a ``prologue`` will ask for such.
@@ -46,6 +63,8 @@ class Judge:
         images: ImageSet,
         interface: Interface,
         prologue: Prologue | None = None,
+        *,
+        before: Judged | None = None,
     ) -> None:
         self._images = images
         self._prologue = prologue
@@ -54,28 +73,50 @@ class Judge:
         self._class_names = source.class_names
         self._scored: list[tuple[StageResult, WorstImages]] = []
         self._count = images.count
-        trained = source.trained
-        run = trained.run if trained else torch_runner(source.module, interface)
-        first = run(self.first_batch())
-        image_bytes = sum(values[:1].nbytes for values in first.values())
         self._limit: int | None = None
-        if self._count * image_bytes > MAX_OUTPUT_BYTES:
-            self._limit = max(1, MAX_OUTPUT_BYTES // (image_bytes * BATCH_SIZE))
-            self._count = sum(len(batch[0]) for batch in self._own_batches())
-        self.original: Outputs = outputs_of(run, self.batches())
         self._unquantized: Outputs | None = None
-        if trained is not None:
-            self._unquantized = outputs_of(trained.run_float, self.batches())
+        if before is None:
+            self.original = self._answers(source)
+        else:
+            self.original, self._count = before.original, before.count
+            self._limit, self._scored = before.limit, list(before.scored)
         self.labels: LabelArray | None = None
         if interface.num_classes is not None:
             labels = images.labels(source.class_names, interface.num_classes)
             self.labels = labels if labels is None else labels[: self._count]
         logits = next(iter(self.original.values()))
-        self.ledger = Ledger(
-            stages=(),
-            images=images.description,
-            image_count=self._count,
-            original_top1=accuracy(logits, self.labels),
+        self.ledger = (
+            before.ledger
+            if before
+            else Ledger(
+                stages=(),
+                images=images.description,
+                image_count=self._count,
+                original_top1=accuracy(logits, self.labels),
+            )
+        )
+
+    def _answers(self, source: Source) -> Outputs:
+        """Run the network, and learn how many images there is room for."""
+        trained = source.trained
+        run = trained.run if trained else torch_runner(source.module, self._interface)
+        first = run(self.first_batch())
+        image_bytes = sum(values[:1].nbytes for values in first.values())
+        if self._count * image_bytes > MAX_OUTPUT_BYTES:
+            self._limit = max(1, MAX_OUTPUT_BYTES // (image_bytes * BATCH_SIZE))
+            self._count = sum(len(batch[0]) for batch in self._own_batches())
+        if trained is not None:
+            self._unquantized = outputs_of(trained.run_float, self.batches())
+        return outputs_of(run, self.batches())
+
+    def judged(self) -> Judged:
+        """What a new judge needs to go on from here; not for a network with trained quantizers."""
+        return Judged(
+            original=self.original,
+            count=self._count,
+            limit=self._limit,
+            ledger=self.ledger,
+            scored=tuple(self._scored),
         )
 
     @property

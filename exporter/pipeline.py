@@ -1,103 +1,63 @@
-"""The road from a spec to a published bundle: the only place that knows the order of the stages.
+"""From a spec to a published bundle: draft -> engine -> publish.
 
-load -> reparameterize -> export -> simplify -> contract -> [calibrate -> Q/DQ | half] -> [prologue]
--> engine -> publish. After each of them the ledger compares its outputs with the original
-network's; the first failed gate ends the run and nothing is published.
+The draft is everything but the engine; :mod:`exporter.drafting` has its road, which needs torch and
+onnx. The first failed gate ends the run and nothing is published.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import onnx
-from torch import nn
-
-from exporter import bundle as files
-from exporter import contract
-from exporter.annotation import Description, annotate, annotate_precision
+from exporter import parity
 from exporter.bundle import Bundle
 from exporter.bundle_writer import BundleWriter
-from exporter.contract import ContractVerdict
-from exporter.devices import resolve_targets
-from exporter.engine import (
-    BuildRequest,
-    engine_not_run_reason,
-)
-from exporter.engine_stage import build_engine, engine_build, require_possible
-from exporter.evidence import (
-    gather,
-    graph_metadata,
-    manifest,
-    write_calibration,
-    write_evidence,
-    write_report,
-)
-from exporter.failure import told_if_failed
-from exporter.fused_blocks import Fused, expected_blocks, fuse
-from exporter.inputs import Inputs, prepare
-from exporter.judge import Judge
+from exporter.clock import Progress, StageClock, silent
+from exporter.devices import RTX, resolve_targets
+from exporter.draft import Draft
+from exporter.engine import Backend, BuiltEngine, engine_not_run_reason
+from exporter.engine_stage import build_engine, build_request, engine_build, require_possible
+from exporter.failure import Scene, told_if_failed
 from exporter.ledger import Ledger
-from exporter.localization import GraphPair
-from exporter.module_localization import ModulePair
-from exporter.network import torch_runner
-from exporter.onnx_export import export_network, export_onnx
-from exporter.onnx_runner import OnnxRunner
 from exporter.plan_engine import (
+    EngineDecision,
     EngineOutcome,
     choose_backend,
     decide_engine,
     defer,
 )
-from exporter.precision_stage import Precise, apply_precision
-from exporter.prologue_stage import choose_prologue, precede
-from exporter.simplify import simplify
-from exporter.spec import ExportSpec, Precision
-from models.repvgg import RepVGG
-from models.variants import Squeeze
+from exporter.publication import publish
+from exporter.spec import ExportSpec
+from exporter.stage_cache import (
+    CachedStages,
+    StageStore,
+    StageUse,
+    draft_inputs,
+    engine_inputs,
+)
+from exporter.stage_cache.entries import load_draft, load_engine, save_draft, save_engine
+from exporter.stage_cache.keys import DRAFT, ENGINE
 
-Progress = Callable[[str, float], None]
-"""Called with a stage's name and the fraction of it that is done, 0 to 1."""
-
-
-def silent(_stage: str, _fraction: float) -> None:
-    """Report nothing."""
-
-
-SIMPLIFY_SAMPLE = 8
-"""Images on which the simplified graph must equal its input."""
+if TYPE_CHECKING:
+    from exporter.inputs import Inputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportResult:
-    """What an export made; ``seconds`` is the wall time of each stage."""
+    """What an export made.
+
+    ``seconds`` is the wall time of each stage that ran, ``stages`` what became of those that can be
+    taken from the cache.
+    """
 
     bundle: Bundle
     ledger: Ledger
     engine: dict[str, Any]
     notes: tuple[str, ...]
     seconds: dict[str, float]
-
-
-@dataclass(slots=True)
-class _Clock:
-    """Tells the caller which stage runs and remembers how long each took."""
-
-    progress: Progress
-    seconds: dict[str, float] = field(default_factory=dict)
-    running: str | None = None
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[Callable[[float], None]]:
-        start = time.perf_counter()
-        self.running = name
-        self.progress(name, 0.0)
-        yield lambda fraction: self.progress(name, min(fraction, 1.0))
-        self.seconds[name] = round(time.perf_counter() - start, 3)
-        self.progress(name, 1.0)
+    stages: tuple[StageUse, ...] = ()
 
 
 def run(
@@ -105,145 +65,129 @@ def run(
     progress: Progress = silent,
     *,
     inputs: Inputs | None = None,
+    cache: StageStore | None = None,
 ) -> ExportResult:
     """Do everything that ``spec`` asks for and publish the bundle.
 
-    ``inputs`` replaces what :func:`prepare` would load.
+    ``inputs`` replaces what :func:`exporter.inputs.prepare` would load. With a ``cache`` stages
+    that another run has made are taken from there; only for a spec without ``inputs``, which alone
+    says what they depend on.
 
     Raises:
         GateFailedError: a gate failed; nothing is published.
         InputError: a checkpoint, image, folder or target cannot be used.
         EnvironmentLackError: this machine lacks something.
     """
-    clock = _Clock(progress)
+    if inputs is not None:
+        cache = None
+    clock = StageClock(progress)
     asked = resolve_targets(spec.target)
     backend = choose_backend(spec.backend, asked, options=spec.build)
     decision = decide_engine(
         asked, backend, spec.precision, allow_emulated=spec.build.allow_emulated
     )
     require_possible(spec, asked, backend, decision)
+    stages = CachedStages(cache)
     with told_if_failed(spec, clock) as scene, BundleWriter(spec.out) as writer:
-        with clock.stage("load"):
-            inputs = scene.inputs = inputs or prepare(spec)
-            prologue = choose_prologue(spec, inputs)
-        with clock.stage("reparameterize"):
-            judge = Judge(spec, inputs.source, inputs.evaluation, inputs.interface, prologue)
-            scene.judge = judge
-            fused = _reparameterize(inputs, judge)
-        model, verdict = _export(spec, inputs, fused.module, judge, clock)
-        precise = apply_precision(
-            spec, inputs, model, judge, clock.stage, half_scales=decision.emulated
-        )
-        kept = {*spec.keep_float, *precise.kept_half, *precise.kept_float}
-        plain = _described(spec, precise, kept)
-        precise = precede(
-            plain,
-            prologue,
-            judge,
-            clock.stage,
-            precision=spec.precision,
+        folder = writer.path(".")
+        draft = _draft(
+            spec,
+            folder,
+            stages,
+            clock=clock,
+            scene=scene,
+            inputs=inputs,
             half_scales=decision.emulated,
         )
-        onnx.save(precise.model, writer.path(files.MODEL))
-        graph_path = writer.path(files.MODEL)
-        if spec.precision is not Precision.FP32:
-            graph_path = writer.path(f"model.{spec.precision}.onnx")
-            onnx.save(precise.graph, graph_path)
-        pixel_inputs = [port.name for port in inputs.interface.inputs] if prologue else []
-        cache = write_calibration(writer, spec.precision, precise.table, pixel_inputs)
-        request = BuildRequest(
-            onnx_path=graph_path,
-            precision=spec.precision,
-            targets=decision.build_here,
-            batch=spec.batch,
-            size=spec.dynamic_size,
-            workspace_mib=spec.workspace_mib,
-            float_path=writer.path(files.MODEL),
-            cache_path=cache,
-            options=spec.build,
-        )
+        scene.show(draft)
         built = None
         if backend is not None and decision.build_here:
             with clock.stage("engine") as advance:
-                built = build_engine(backend, request, model, advance, kept=kept)
-        told = engine_build(spec, inputs, prologue, half_scales=decision.emulated)
-        deferred = defer(decision, told)
-        engine = EngineOutcome(built=built, deferred=deferred)
-        judge.skip(
-            "engine", deferred.not_run_reason if deferred and not built else engine_not_run_reason()
-        )
+                built = _engine(
+                    spec,
+                    folder,
+                    draft,
+                    stages,
+                    advance=advance,
+                    backend=backend,
+                    decision=decision,
+                )
+        told = engine_build(spec, draft, half_scales=decision.emulated)
+        engine = EngineOutcome(built=built, deferred=defer(decision, told))
+        waits = engine.deferred if built is None else None
+        reason = waits.not_run_reason if waits else engine_not_run_reason()
+        ledger = draft.ledger.with_stage(parity.not_run("engine", reason))
         with clock.stage("publish"):
-            notes = inputs.source.notes + inputs.notes + fused.notes + precise.notes + judge.notes
-            notes += engine.notes
-            gather(judge, model, plain.model, plain.graph, str(spec.precision))
-            write_evidence(writer, inputs, judge, engine, prologue)
-            document = manifest(
+            published = publish(
+                writer,
                 spec,
-                inputs,
+                draft,
+                ledger,
                 engine,
-                fused=fused,
-                verdict=verdict,
-                prologue=prologue,
-                recipe=precise.table.method if precise.table else None,
                 half_scales=decision.emulated,
-                notes=notes,
+                seconds={**draft.seconds, **clock.seconds},
             )
-            write_report(writer, document, inputs, judge, engine, seconds=clock.seconds)
-            published = writer.publish(document)
     return ExportResult(
         bundle=published,
-        ledger=judge.ledger,
+        ledger=ledger,
         engine=engine.to_json(),
-        notes=notes,
+        notes=(*draft.notes, *engine.notes, *stages.notes),
         seconds=clock.seconds,
+        stages=tuple(stages.uses),
     )
 
 
-def _reparameterize(inputs: Inputs, judge: Judge) -> Fused:
-    source = inputs.source
-    if source.form == "deploy":
-        judge.skip("reparameterized", "the checkpoint is already in deploy form")
-        return Fused(module=source.module)
-    fused = fuse(source.module, judge.first_batch())
-    judge.check("reparameterized", torch_runner(fused.module, inputs.interface))
-    return fused
+def _draft(
+    spec: ExportSpec,
+    folder: Path,
+    stages: CachedStages,
+    *,
+    clock: StageClock,
+    scene: Scene,
+    inputs: Inputs | None,
+    half_scales: bool,
+) -> Draft:
+    def make() -> Draft:
+        # Loads torch and onnx, which nobody needs where the draft is there already.
+        from exporter.drafting import make_draft
+
+        return make_draft(
+            spec, folder, clock, scene, stages, inputs=inputs, half_scales=half_scales
+        )
+
+    return stages.get(
+        DRAFT,
+        lambda: draft_inputs(spec, half_scales=half_scales),
+        folder,
+        make=make,
+        load=load_draft,
+        save=save_draft(folder),
+    )
 
 
-def _export(
-    spec: ExportSpec, inputs: Inputs, fused: nn.Module, judge: Judge, clock: _Clock
-) -> tuple[onnx.ModelProto, ContractVerdict]:
-    metadata = graph_metadata(spec, inputs)
-    plain = fused if isinstance(fused, RepVGG) and _is_plain(spec) else None
-    with clock.stage("export"):
-        if plain is not None:
-            (_, _, height, width) = inputs.interface.example[0]
-            free_size = spec.dynamic_size is not None
-            model = export_onnx(plain, (height, width), metadata, free_size=free_size)
-        else:
-            model = export_network(fused, inputs.interface, spec.title, metadata)
-        pair = ModulePair(module=fused, interface=inputs.interface, graph=model)
-        judge.check("onnx", OnnxRunner(model).run, graphs=pair)
-    with clock.stage("simplify"):
-        exported, model = model, simplify(model, judge.samples(SIMPLIFY_SAMPLE))
-        simplified = GraphPair(reference="onnx", good=exported, bad=model)
-        judge.check("simplified", OnnxRunner(model).run, graphs=simplified)
-        if plain is not None:
-            verdict = contract.require(model, plain.variant, plain.num_classes)
-            blocks = {f"{layer.name}.weight": layer.name for layer in plain.variant.layers}
-        else:
-            expected = expected_blocks(fused)
-            verdict = contract.require_blocks(model, expected, spec.title)
-            blocks = {block.weight: name for name, block in expected.items()}
-    description = Description(title=spec.title, metadata=metadata, blocks=blocks)
-    return annotate(model, description), verdict
+def _engine(
+    spec: ExportSpec,
+    folder: Path,
+    draft: Draft,
+    stages: CachedStages,
+    *,
+    advance: Callable[[float], None],
+    backend: Backend,
+    decision: EngineDecision,
+) -> BuiltEngine:
+    request = build_request(spec, folder, decision.build_here)
 
+    def make() -> BuiltEngine:
+        return build_engine(backend, request, draft.convolutions, advance)
 
-def _described(spec: ExportSpec, precise: Precise, kept: Collection[str]) -> Precise:
-    if spec.precision is Precision.FP32:
-        return precise
-    graph = annotate_precision(precise.graph, str(spec.precision), table=precise.table, kept=kept)
-    return replace(precise, graph=graph)
-
-
-def _is_plain(spec: ExportSpec) -> bool:
-    return spec.variant is not None and spec.variant.squeeze is Squeeze.NONE
+    if backend.name != RTX:
+        # It times the kernels of this GPU, at this moment.
+        return make()
+    return stages.get(
+        ENGINE,
+        lambda: engine_inputs(spec, request, backend, half_scales=decision.emulated),
+        folder,
+        make=make,
+        load=load_engine,
+        save=save_engine,
+    )

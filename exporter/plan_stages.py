@@ -18,8 +18,9 @@ def export_stages(spec: ExportSpec, decision: EngineDecision) -> tuple[PlannedSt
         **_precision(spec),
         **_emulation(decision),
         **_prologue(spec),
+        "evidence": "write the graphs and reference values, measure every layer",
         "engine": _engine(decision),
-        "publish": f"write evidence and hashes and move the bundle to {spec.out}",
+        "publish": f"write the report and hashes and move the bundle to {spec.out}",
     }
     return tuple(PlannedStage(name=name, what=what) for name, what in stages.items())
 

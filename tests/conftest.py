@@ -25,6 +25,8 @@ from exporter.worst_images import worst_images
 # As the command does it: tests share their cores with the processes they start.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# What a test sees made is made for it.
+os.environ["REPVGG_EXPORT_CACHE"] = "off"
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -88,7 +88,9 @@ def test_stages_are_those_of_the_pipeline_with_a_line_each():
         ("int8", ["calibrate", "quantize"]),
     ):
         stages = plan(precision=precision).stages
-        assert [*common, *middle, "engine", "publish"] == [stage.name for stage in stages]
+        assert [*common, *middle, "evidence", "engine", "publish"] == [
+            stage.name for stage in stages
+        ]
         assert all(stage.what and "\n" not in stage.what for stage in stages)
 
 

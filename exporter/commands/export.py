@@ -13,6 +13,7 @@ from exporter.console import (
     print_note,
     print_plan,
     print_result,
+    print_stages,
     print_table,
     result_json,
 )
@@ -40,8 +41,9 @@ def run_engine(options: argparse.Namespace) -> int:
     with progress_bars(quiet=options.quiet) as progress:
         prepare_export()
         from exporter import pipeline
+        from exporter.stage_cache import open_cache
 
-        result = pipeline.run(spec, progress)
+        result = pipeline.run(spec, progress, cache=open_cache() if options.cached else None)
     for note in result.notes:
         print_note(f"note: {note}")
     if options.json:
@@ -51,6 +53,8 @@ def run_engine(options: argparse.Namespace) -> int:
 
     print_result(result)
     print_table(made_table(result.bundle))
+    if options.explain:
+        print_stages(result)
     return EXIT_DONE
 
 

@@ -1,0 +1,242 @@
+"""A folder of entries, each the files of one stage under the hash of its inputs.
+
+::
+
+    v1/STAGE/KEY/entry.json      inputs, seconds, sha256 and size of each file, a hash of itself
+    v1/STAGE/KEY/...             the files
+    v1/locks/STAGE-XX.lock       who makes an entry whose key begins with XX holds it
+    v1/incoming/                 entries that are being written, by whoever holds put.lock
+
+An entry appears by one rename, so it is whole or not there; its age is the time of its last use.
+Every byte is hashed when it is read: an entry that is damaged is removed and made anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+FORMAT = "v1"
+_ENTRY = "entry.json"
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EntryInfo:
+    """One entry. ``used`` is the time of its last use in seconds since 1970."""
+
+    stage: str
+    key: str
+    inputs: Mapping[str, str]
+    seconds: float
+    bytes: int
+    used: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields by name."""
+        return {
+            "stage": self.stage,
+            "key": self.key,
+            "bytes": self.bytes,
+            "used": self.used,
+            "seconds": self.seconds,
+            "inputs": dict(self.inputs),
+        }
+
+
+class DamagedEntryError(Exception):
+    """An entry is not what was stored."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageStore:
+    """The entries under ``root``, at most ``limit`` bytes of them.
+
+    Methods raise OSError where the disk does; the caller can do without a cache.
+    """
+
+    root: Path
+    limit: int
+
+    @contextmanager
+    def making(self, stage: str, key: str) -> Iterator[None]:
+        """Hold the right to make an entry: who waits for it finds the entry made.
+
+        A process that dies loses it. Within ``making`` of one stage only that of a stage further up
+        the road may be asked for; keys that begin alike share a lock.
+        """
+        with self._lock(f"{stage}-{key[:2]}"):
+            yield
+
+    def fetch(self, stage: str, key: str, folder: Path) -> EntryInfo | None:
+        """Copy the files of an entry into ``folder``; None where there is no whole one."""
+        path = self._path(stage, key)
+        try:
+            with _unless_damaged():
+                entry = _read(path, stage, key)
+                copied = []
+                try:
+                    for name, expected in entry["files"].items():
+                        copied.append(folder / name)
+                        _copy_checked(path / name, folder / name, expected)
+                except BaseException:
+                    for target in copied:
+                        target.unlink(missing_ok=True)
+                    raise
+                with contextlib.suppress(OSError):
+                    os.utime(path / _ENTRY)
+                return _info(path, entry)
+        except FileNotFoundError:
+            # Never there, or another process made room at this moment.
+            return None
+        except DamagedEntryError:
+            self._remove(path)
+            return None
+
+    def put(
+        self, stage: str, key: str, inputs: Mapping[str, str], seconds: float, files: Iterable[Path]
+    ) -> None:
+        """Store copies of ``files`` as an entry, then make room for it."""
+        with self._lock("put"):
+            # Only one process at a time is here: what lies there is of one that was killed.
+            shutil.rmtree(self._incoming, ignore_errors=True)
+            self._incoming.mkdir(parents=True, exist_ok=True)
+            staging = Path(tempfile.mkdtemp(dir=self._incoming))
+            try:
+                described = {path.name: _copy(path, staging / path.name) for path in files}
+                entry = {
+                    "stage": stage,
+                    "key": key,
+                    "inputs": dict(inputs),
+                    "seconds": seconds,
+                    "files": described,
+                }
+                text = json.dumps({**entry, "sha256": _digest(entry)})
+                (staging / _ENTRY).write_text(text, encoding="utf-8")
+                path = self._path(stage, key)
+                self._remove(path)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                staging.rename(path)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+            self._make_room(path)
+
+    def entries(self) -> tuple[EntryInfo, ...]:
+        """All that can be read, those used last first."""
+        found = []
+        for path in (self.root / FORMAT).glob(f"*/*/{_ENTRY}"):
+            folder = path.parent
+            with contextlib.suppress(OSError, DamagedEntryError), _unless_damaged():
+                found.append(_info(folder, _read(folder, folder.parent.name, folder.name)))
+        return tuple(sorted(found, key=lambda info: -info.used))
+
+    def clear(self) -> int:
+        """Remove every entry, damaged ones too; how many there were."""
+        with self._lock("put"):
+            folders = [path for path in (self.root / FORMAT).glob("*/*") if path.is_dir()]
+            for path in folders:
+                self._remove(path)
+        return len(folders)
+
+    @property
+    def _incoming(self) -> Path:
+        return self.root / FORMAT / "incoming"
+
+    def _path(self, stage: str, key: str) -> Path:
+        return self.root / FORMAT / stage / key
+
+    @contextmanager
+    def _lock(self, name: str) -> Iterator[None]:
+        locks = self.root / FORMAT / "locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        with FileLock(locks / f"{name}.lock"):
+            yield
+
+    def _remove(self, path: Path) -> None:
+        """First out of sight, so that nobody begins to read what is half gone."""
+        self._incoming.mkdir(parents=True, exist_ok=True)
+        gone = self._incoming / f"removed-{path.parent.name}-{path.name}-{os.getpid()}"
+        try:
+            path.rename(gone)
+        except FileNotFoundError:
+            return
+        shutil.rmtree(gone, ignore_errors=True)
+
+    def _make_room(self, newest: Path) -> None:
+        """Remove what was used longest ago, but not what was just stored."""
+        entries = self.entries()
+        total = sum(info.bytes for info in entries)
+        for info in reversed(entries):
+            path = self._path(info.stage, info.key)
+            if total <= self.limit:
+                return
+            if path != newest:
+                self._remove(path)
+                total -= info.bytes
+
+
+def key_of(stage: str, inputs: Mapping[str, str]) -> str:
+    """Hex digest of a stage and its inputs."""
+    return _digest({"stage": stage, "inputs": dict(inputs)})
+
+
+@contextmanager
+def _unless_damaged() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedEntryError from error
+
+
+def _read(path: Path, stage: str, key: str) -> dict[str, Any]:
+    entry: dict[str, Any] = json.loads((path / _ENTRY).read_text("utf-8"))
+    stored = entry.pop("sha256")
+    if stored != _digest(entry) or (stage, key) != (entry["stage"], entry["key"]):
+        raise DamagedEntryError
+    return entry
+
+
+def _info(path: Path, entry: Mapping[str, Any]) -> EntryInfo:
+    return EntryInfo(
+        stage=entry["stage"],
+        key=entry["key"],
+        inputs=entry["inputs"],
+        seconds=entry["seconds"],
+        bytes=sum(file["bytes"] for file in entry["files"].values()),
+        used=(path / _ENTRY).stat().st_mtime,
+    )
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _copy(source: Path, target: Path) -> dict[str, Any]:
+    """Copy a file; its sha256 and size on the way."""
+    digest, size = hashlib.sha256(), 0
+    with source.open("rb") as read, target.open("xb") as write:
+        while chunk := read.read(_CHUNK):
+            digest.update(chunk)
+            write.write(chunk)
+            size += len(chunk)
+    return {"sha256": digest.hexdigest(), "bytes": size}
+
+
+def _copy_checked(source: Path, target: Path, expected: Mapping[str, Any]) -> None:
+    try:
+        found = _copy(source, target)
+    except FileNotFoundError as error:
+        raise DamagedEntryError from error
+    if found != expected:
+        raise DamagedEntryError

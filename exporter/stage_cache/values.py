@@ -1,0 +1,32 @@
+"""Values as JSON files, and back: what an entry holds beside the files of a bundle.
+
+By the types of their fields (cattrs), never by pickling: an entry is read as data, not run.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+import cattrs
+
+T = TypeVar("T")
+
+
+def write_value(path: Path, value: Any) -> Path:
+    """Write a dataclass of dataclasses, numbers, texts, tuples and mappings; its path."""
+    # Infinite decibels are Python's "Infinity" here: nobody else reads these files.
+    path.write_text(json.dumps(_converter().unstructure(value)), encoding="utf-8")
+    return path
+
+
+def read_value(path: Path, kind: type[T]) -> T:
+    """The value that :func:`write_value` wrote."""
+    return _converter().structure(json.loads(path.read_text("utf-8")), kind)
+
+
+def _converter() -> cattrs.Converter:
+    converter = cattrs.Converter()
+    converter.register_structure_hook(int | str, lambda value, _: value)
+    return converter

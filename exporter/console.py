@@ -82,7 +82,7 @@ def print_result(result: ExportResult) -> None:
 
 _STAGES = {
     "float": "float graph",
-    "draft": "graphs, tables and evidence",
+    "draft": "graphs and evidence",
     "engine": "engine",
 }
 """What people call the stages that are kept."""

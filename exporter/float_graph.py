@@ -6,7 +6,7 @@ reparameterize -> export -> simplify -> contract, each judged against the origin
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from exporter.contract import ContractVerdict
 from exporter.evidence import graph_metadata, model_figures
 from exporter.fused_blocks import Fused, expected_blocks, fuse
 from exporter.inputs import Inputs
-from exporter.judge import Judge, Judged
+from exporter.judge import Judge, Judged, Verdicts
 from exporter.localization import GraphPair
 from exporter.module_localization import ModulePair
 from exporter.network import torch_runner
@@ -136,7 +136,7 @@ class _Values:
     blocks: tuple[BlockEquivalence, ...]
     notes: tuple[str, ...]
     figures: dict[str, Any]
-    judged: Judged
+    verdicts: Verdicts
     outputs: tuple[str, ...]
     seconds: dict[str, float]
 
@@ -152,7 +152,7 @@ def save_float_graph(made: FloatGraph, folder: Path) -> Iterator[Path]:
         blocks=made.blocks,
         notes=made.notes,
         figures=dict(made.figures),
-        judged=replace(made.judged, original={}),
+        verdicts=made.judged.verdicts,
         outputs=tuple(made.judged.original),
         seconds=dict(made.seconds),
     )
@@ -171,6 +171,6 @@ def load_float_graph(folder: Path) -> FloatGraph:
         blocks=values.blocks,
         notes=values.notes,
         figures=values.figures,
-        judged=replace(values.judged, original=original),
+        judged=Judged(original=original, verdicts=values.verdicts),
         seconds=values.seconds,
     )

@@ -33,18 +33,24 @@ UNQUANTIZED = "original without its quantizers"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Judged:
-    """What a judge has seen so far, to go on from in another process.
+class Verdicts:
+    """The ledger so far, by the first ``count`` images, ``limit`` batches of them (None: all).
 
-    ``original`` are the network's outputs on the first ``count`` images, ``limit`` batches of them
-    (None: all); ``scored`` are rows with the images that they are worst on.
+    ``scored`` are rows with the images that they are worst on.
     """
 
-    original: Outputs
+    ledger: Ledger
     count: int
     limit: int | None
-    ledger: Ledger
     scored: tuple[tuple[StageResult, WorstImages], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """What a judge has seen so far, to go on from: the network's outputs and the verdicts."""
+
+    original: Outputs
+    verdicts: Verdicts
 
 
 class Judge:
@@ -78,15 +84,16 @@ class Judge:
         if before is None:
             self.original = self._answers(source)
         else:
-            self.original, self._count = before.original, before.count
-            self._limit, self._scored = before.limit, list(before.scored)
+            self.original, found = before.original, before.verdicts
+            self._count, self._limit = found.count, found.limit
+            self._scored = list(found.scored)
         self.labels: LabelArray | None = None
         if interface.num_classes is not None:
             labels = images.labels(source.class_names, interface.num_classes)
             self.labels = labels if labels is None else labels[: self._count]
         logits = next(iter(self.original.values()))
         self.ledger = (
-            before.ledger
+            before.verdicts.ledger
             if before
             else Ledger(
                 stages=(),
@@ -111,13 +118,10 @@ class Judge:
 
     def judged(self) -> Judged:
         """What a new judge needs to go on from here; not for a network with trained quantizers."""
-        return Judged(
-            original=self.original,
-            count=self._count,
-            limit=self._limit,
-            ledger=self.ledger,
-            scored=tuple(self._scored),
+        verdicts = Verdicts(
+            ledger=self.ledger, count=self._count, limit=self._limit, scored=tuple(self._scored)
         )
+        return Judged(original=self.original, verdicts=verdicts)
 
     @property
     def notes(self) -> tuple[str, ...]:

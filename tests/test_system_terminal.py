@@ -19,7 +19,8 @@ from models.registry import bundled_weights
 
 COMMANDS = tuple(_EXAMPLES)
 STAGES = (
-    "load", "reparameterize", "export", "simplify", "calibrate", "quantize", "half", "engine",
+    "load", "reparameterize", "export", "simplify", "calibrate", "quantize", "half",
+    "evidence", "engine",
     "publish",
 )  # fmt: skip
 COLOUR = re.compile(r"\x1b\[(\d+;)*(3|4|9)\d")

@@ -1,0 +1,159 @@
+"""The stage cache through the real command: what is reused, and that it is the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+EXPORT = ("engine", "A0", "--precision", "int8", "--json")
+
+
+class Exports:
+    """Runs exports that share one cache."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.environment = {
+            **os.environ,
+            "REPVGG_EXPORT_CACHE": str(root / "cache"),
+            "SOURCE_DATE_EPOCH": "1700000000",
+            "COLUMNS": "160",
+        }
+
+    def start(self, *arguments: str, python: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, *python, "-m", "exporter", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=self.environment,
+            cwd=self.root,
+        )
+
+    def run(self, *arguments: str) -> dict[str, Any]:
+        process = self.start(*arguments)
+        out, err = process.communicate(timeout=300)
+        assert 0 == process.returncode, err
+        result: dict[str, Any] = json.loads(out)
+        return result
+
+    def export(self, out: str, *options: str) -> dict[str, bool]:
+        """Which stages were reused."""
+        result = self.run(*EXPORT, "--out", out, *options)
+        return {stage["stage"]: stage["reused"] for stage in result["stages"]}
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
+    """A cache that holds one export for sm86."""
+    made = Exports(tmp_path_factory.mktemp("exports"))
+    found = made.export("first", "--target", "sm86")
+    assert {"float": False, "draft": False, "engine": False} == found
+    return made
+
+
+def test_another_target_builds_the_engine_only(exports: Exports) -> None:
+    """Torch and onnx are not even loaded, and everything but the engine is the same."""
+    code = (
+        "import sys; from exporter import cli; code = cli.main(sys.argv[1:]);"
+        "assert not {'torch', 'onnx', 'onnxruntime'} & sys.modules.keys(); sys.exit(code)"
+    )
+    arguments = (*EXPORT, "--out", "second", "--target", "sm89")
+    process = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True, text=True, env=exports.environment, cwd=exports.root, timeout=300,
+        check=False,
+    )  # fmt: skip
+    assert 0 == process.returncode, process.stderr
+    draft, engine = json.loads(process.stdout)["stages"]
+    assert (True, False) == (draft["reused"], engine["reused"])
+    assert {"target": ["sm86", "sm89"]} == engine["changed"]
+    first, second = exports.root / "first", exports.root / "second"
+    for name in ("model.onnx", "model.int8.onnx", "calibration.json", "calibration.cache",
+                 "reference.npz", "parity.json"):  # fmt: skip
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+    assert ["sm89"] == json.loads((second / "manifest.json").read_text())["targets"]
+
+
+def test_a_repeated_export_is_the_same_bundle(exports: Exports) -> None:
+    """Engine included; only the report tells other times of the engine and of publishing."""
+    exports.export("first", "--target", "sm86")
+    before = {p.name: p.read_bytes() for p in (exports.root / "first").iterdir()}
+    found = exports.export("first", "--target", "sm86")
+    assert {"draft": True, "engine": True} == found
+    after = {p.name: p.read_bytes() for p in (exports.root / "first").iterdir()}
+    assert before.keys() == after.keys()
+    differ = {name for name in before if before[name] != after[name]}
+    assert differ <= {"report.html", "manifest.json"}
+
+
+def test_explain_names_what_has_changed(exports: Exports) -> None:
+    process = exports.start("engine", "A0", "--out", "third", "--target", "sm120", "--explain")
+    out, err = process.communicate(timeout=300)
+    assert 0 == process.returncode, err
+    assert "graphs and evidence │ reused" in out
+    assert "sm120" in out.split("│ engine")[-1]
+    assert "up to the builder: " in out
+
+
+def test_the_cache_is_listed_and_emptied(exports: Exports, tmp_path: Path) -> None:
+    listed = exports.run("cache", "ls", "--json")
+    assert {"float", "draft", "engine"} == {entry["stage"] for entry in listed["entries"]}
+    assert listed["bytes"] == sum(entry["bytes"] for entry in listed["entries"])
+    empty = Exports(tmp_path)
+    assert [] == empty.run("cache", "ls", "--json")["entries"]
+    assert 0 == empty.run("cache", "clear", "--json")["removed"]
+
+
+@pytest.mark.slow
+def test_recipes_share_the_float_graph_and_give_the_same_as_without_a_cache(
+    exports: Exports,
+) -> None:
+    """The ledger of a reused float graph goes on where it stopped."""
+    assert {"float": True, "draft": False, "engine": False} == exports.export(
+        "mse", "--target", "sm86", "--recipe", "mse"
+    )
+    exports.export("anew", "--target", "sm86", "--recipe", "mse", "--no-cache")
+    mse, anew = exports.root / "mse", exports.root / "anew"
+    for name in ("model.onnx", "model.int8.onnx", "calibration.json", "reference.npz"):
+        assert (mse / name).read_bytes() == (anew / name).read_bytes(), name
+    rows = [json.loads((path / "parity.json").read_text()) for path in (mse, anew)]
+    for row in rows:
+        del row["ladder"]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.slow
+def test_two_exports_at_once_make_a_draft_once(tmp_path: Path) -> None:
+    exports = Exports(tmp_path)
+    pair = [
+        exports.start("engine", "A0", "--precision", "fp32", "--json", "--out", name)
+        for name in "ab"
+    ]
+    results = [json.loads(process.communicate(timeout=300)[0]) for process in pair]
+    drafts = [
+        stage["reused"] for result in results for stage in result["stages"]
+        if stage["stage"] == "draft"
+    ]  # fmt: skip
+    assert [False, True] == sorted(drafts)
+
+
+@pytest.mark.slow
+def test_a_damaged_entry_is_made_anew(tmp_path: Path) -> None:
+    exports = Exports(tmp_path)
+    options = ("--precision", "fp32", "--target", "sm86")
+    exports.export("a", *options)
+    for path in (tmp_path / "cache").glob("v1/draft/*/model.onnx"):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    assert {"float": True, "draft": False, "engine": True} == exports.export("b", *options)
+    assert (tmp_path / "a" / "model.onnx").read_bytes() == (
+        tmp_path / "b" / "model.onnx"
+    ).read_bytes()

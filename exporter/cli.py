@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exporter import __version__
-from exporter.commands import cache, completion, device, export, files, outcome, parity
+from exporter.commands import cache, completion, device, export, files, matrix, outcome, parity
 from exporter.commands.argument_parser import ArgumentParser, UsageError
 from exporter.spec import Precision, Recipe
 from models.variants import VARIANTS
@@ -34,6 +34,7 @@ _EXAMPLES = {
     "inspect": "inspect a0.pth --json",
     "convert": "convert a0.pth a0.safetensors --form deploy",
     "parity": "parity parity.toml --baseline parity-baseline.json",
+    "matrix": "matrix matrix.toml --out build/matrix",
     "cache": "cache ls",
     "completion": "completion bash > ~/.local/share/bash-completion/completions/repvgg-export",
 }
@@ -64,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     device.add_commands(command)
     files.add_commands(command)
     parity.add_command(command)
+    matrix.add_command(command)
     cache.add_command(command)
     completion.add_command(command)
     for each in commands.choices.values():

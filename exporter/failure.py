@@ -62,14 +62,14 @@ def failure_paths(out: Path) -> tuple[Path, Path]:
 
 
 @contextmanager
-def told_if_failed(spec: ExportSpec, clock: StageClock) -> Iterator[Scene]:
-    """Run an export; if a gate fails after the network was loaded, write the two files.
+def told_if_failed(spec: ExportSpec, clock: StageClock, out: Path) -> Iterator[Scene]:
+    """Export into ``out``; if a gate fails after the network was loaded, write the two files.
 
     The error that comes out is the gate's own; its ``report`` is the page. A page that cannot be
     written, or whose images have vanished, changes nothing but that.
     """
     scene = Scene()
-    for path in failure_paths(spec.out):
+    for path in failure_paths(out):
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
     try:
@@ -77,11 +77,13 @@ def told_if_failed(spec: ExportSpec, clock: StageClock) -> Iterator[Scene]:
     except GateFailedError as error:
         if scene.tell is not None:
             with contextlib.suppress(OSError, InputError):
-                error.report = _write(spec, clock, scene.tell(), error)
+                error.report = _write(spec, clock, out, scene.tell(), error)
         raise
 
 
-def _write(spec: ExportSpec, clock: StageClock, told: Told, error: GateFailedError) -> Path:
+def _write(
+    spec: ExportSpec, clock: StageClock, out: Path, told: Told, error: GateFailedError
+) -> Path:
     parity = dict(error.evidence or told.ledger.to_json(), verdict="fail")
     if error.localization is not None:
         parity["localization"] = error.localization
@@ -92,7 +94,7 @@ def _write(spec: ExportSpec, clock: StageClock, told: Told, error: GateFailedErr
         "reparameterization": None,
         "notes": list(told.notes),
     }
-    page, figures = failure_paths(spec.out)
+    page, figures = failure_paths(out)
     content = ReportContent(
         manifest=document,
         parity=parity,

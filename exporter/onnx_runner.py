@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,8 @@ class OnnxRunner:
 
     ``model`` is a file or a graph in memory. ``optimize=False`` turns graph optimizations off:
     ONNX Runtime 1.32 computes wrong results on quantized graphs with half scales at its default
-    level, so a graph that holds half tensors is judged without them. ``threads=0`` means all cores;
+    level, so a graph that holds half tensors is judged without them. ``threads=0`` means as
+    many as ``OMP_NUM_THREADS`` says, else all cores;
     a runner of one thread may be called from several.
     """
 
@@ -43,7 +45,7 @@ class OnnxRunner:
         ort = _onnxruntime()
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = threads or _threads_of_the_environment()
         if not optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         source = str(model) if isinstance(model, Path) else model.SerializeToString()
@@ -106,6 +108,12 @@ def fits(
         and array.ndim == len(extents) + 1
         and all(isinstance(e, str) or e == f for e, f in zip(extents, found, strict=True))
     )
+
+
+def _threads_of_the_environment() -> int:
+    """The number that binds torch too, 0 where it is unset; ONNX Runtime does not read it."""
+    number = os.environ.get("OMP_NUM_THREADS", "")
+    return int(number) if number.isdigit() else 0
 
 
 def _first_line(error: Exception) -> str:

@@ -66,12 +66,14 @@ def run(
     *,
     inputs: Inputs | None = None,
     cache: StageStore | None = None,
+    out: Path | None = None,
 ) -> ExportResult:
     """Do everything that ``spec`` asks for and publish the bundle.
 
     ``inputs`` replaces what :func:`exporter.inputs.prepare` would load. With a ``cache`` stages
     that another run has made are taken from there; only for a spec without ``inputs``, which alone
-    says what they depend on.
+    says what they depend on. ``out`` is where to publish in place of ``spec.out``, which the
+    manifest still names.
 
     Raises:
         GateFailedError: a gate failed; nothing is published.
@@ -80,6 +82,7 @@ def run(
     """
     if inputs is not None:
         cache = None
+    out = out or spec.out
     clock = StageClock(progress)
     asked = resolve_targets(spec.target)
     backend = choose_backend(spec.backend, asked, options=spec.build)
@@ -88,7 +91,7 @@ def run(
     )
     require_possible(spec, asked, backend, decision)
     stages = CachedStages(cache)
-    with told_if_failed(spec, clock) as scene, BundleWriter(spec.out) as writer:
+    with told_if_failed(spec, clock, out) as scene, BundleWriter(out) as writer:
         folder = writer.path(".")
         draft = _draft(
             spec,

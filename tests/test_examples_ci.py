@@ -11,10 +11,10 @@ import pytest
 import tomllib
 import yaml
 
+from exporter.cases.request_keys import KEYS
 from exporter.cli import build_parser
 from exporter.parity_run import Margins
 from exporter.parity_run.margins import KINDS
-from exporter.parity_run.request_keys import KEYS
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "examples" / "ci"

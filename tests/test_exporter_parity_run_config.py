@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from exporter.cases.request_keys import KEYS, path_keys
 from exporter.errors import InputError
 from exporter.parity_run import Margins, read_config
-from exporter.parity_run.request_keys import KEYS, path_keys
 from exporter.request import ExportRequest, validate
 from models.registry import bundled_weights
 

@@ -7,6 +7,7 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,8 @@ from exporter.errors import EXIT_DONE, GateFailedError, InputError
 from exporter.terminal import progress_bars, streams
 
 if TYPE_CHECKING:
-    from exporter.parity_run import CaseResult, Comparison, ParityConfig
+    from exporter.cases import CaseResult
+    from exporter.parity_run import Case, Comparison, ParityConfig
 
 JUNIT = "junit.xml"
 RESULTS = "parity.json"
@@ -84,14 +86,22 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _run_cases(config: ParityConfig, options: argparse.Namespace) -> tuple[CaseResult, ...]:
-    from exporter.parity_run import run_case
+    from exporter.cases import run_case
 
     with ExitStack() as stack:
         folder = options.out or Path(
             stack.enter_context(tempfile.TemporaryDirectory(prefix="repvgg-parity-"))
         )
         progress = stack.enter_context(progress_bars(quiet=options.quiet))
-        return tuple(run_case(case, folder, progress) for case in config.cases)
+
+        def run(case: Case) -> CaseResult:
+            def report(stage: str, done: float) -> None:
+                progress(f"{case.name} {stage}", done)
+
+            request = replace(case.request, out=str(folder / case.name))
+            return run_case(case.name, request, report)
+
+        return tuple(map(run, config.cases))
 
 
 def _exit_code(results: Sequence[CaseResult], comparison: Comparison) -> int:
@@ -108,7 +118,8 @@ def _write(
     comparison: Comparison,
     content: Mapping[str, Any],
 ) -> None:
-    from exporter.parity_run import junit_xml, write_whole
+    from exporter.parity_run import junit_xml
+    from exporter.whole_file import write_whole
 
     write_whole(folder / JUNIT, junit_xml(results, comparison))
     write_whole(folder / RESULTS, json.dumps(content, indent=2) + "\n")

@@ -1,6 +1,7 @@
 """The ledger of many exports, held against their gates and against the figures of an earlier run.
 
-`config` reads what to run, `run` runs it, `baseline` compares, `junit` and `tables` tell.
+`config` reads what to run, :mod:`exporter.cases` runs it, `baseline` compares,
+`junit` and `tables` tell.
 """
 
 from exporter.parity_run.baseline import (
@@ -10,28 +11,21 @@ from exporter.parity_run.baseline import (
     read_baseline,
     require_same_cases,
     write_baseline,
-    write_whole,
 )
-from exporter.parity_run.case_result import CaseResult, Status
 from exporter.parity_run.config import Case, ParityConfig, read_config
 from exporter.parity_run.junit import junit_xml
 from exporter.parity_run.margins import Margins
-from exporter.parity_run.run import run_case
 
 __all__ = [
     "Baseline",
     "Case",
-    "CaseResult",
     "Comparison",
     "Margins",
     "ParityConfig",
-    "Status",
     "compare",
     "junit_xml",
     "read_baseline",
     "read_config",
     "require_same_cases",
-    "run_case",
     "write_baseline",
-    "write_whole",
 ]

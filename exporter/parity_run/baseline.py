@@ -7,16 +7,15 @@ baseline has and the run does not has regressed: it is not measured any more.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from exporter.cases.case_result import CaseResult, Figures
 from exporter.errors import InputError
-from exporter.parity_run.case_result import CaseResult, Figures
 from exporter.parity_run.margins import KINDS, ROUNDING_DB, Margins
+from exporter.whole_file import write_whole
 
 SCHEMA_VERSION = 1
 _LESS_IS_BETTER = ("other_kernels", "plan_bytes", "model_bytes")
@@ -111,27 +110,6 @@ def write_baseline(path: Path, results: Sequence[CaseResult]) -> None:
     }
     text = json.dumps({"schema_version": SCHEMA_VERSION, "cases": cases}, indent=2) + "\n"
     write_whole(path, text)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """``text`` as the content of ``path``, which is replaced in one step.
-
-    Raises:
-        InputError: if it cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, staged = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-            Path(staged).chmod(0o644)
-            Path(staged).replace(path)
-        except BaseException:
-            Path(staged).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def require_same_cases(baseline: Baseline, names: Iterable[str], path: Path) -> None:

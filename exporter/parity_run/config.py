@@ -21,25 +21,17 @@ the file's folder.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from exporter.cases import SAFE_NAME, Complaints, Layers, nearest, read_toml, read_values, table_of
 from exporter.errors import InputError
-from exporter.parity_run.complaints import Complaints, nearest
 from exporter.parity_run.margins import KINDS, Margins
-from exporter.parity_run.request_keys import Layers, read_values
 from exporter.request import ExportRequest
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 _TABLES = ("defaults", "margins", "case")
-_SAFE = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,12 +58,12 @@ def read_config(path: Path) -> ParityConfig:
         InputError: if it cannot be read, or with all that is wrong in it, each complaint naming
             its table and key.
     """
-    content = _toml(path)
+    content = read_toml(path)
     complaints = Complaints()
     for key in content.keys() - set(_TABLES):
         complaints.add("the file", key, f"unknown{nearest(key, _TABLES)}")
-    defaults = _table(content, "defaults", complaints)
-    margins = _table(content, "margins", complaints)
+    defaults = table_of(content, "defaults", complaints)
+    margins = table_of(content, "margins", complaints)
     shared = _Shared(
         folder=path.parent,
         complaints=complaints,
@@ -106,23 +98,6 @@ class _Shared:
     margins: Margins
 
 
-def _toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise InputError(f"configuration {path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"configuration {path} is no TOML: {error}") from error
-
-
-def _table(content: Mapping[str, Any], name: str, complaints: Complaints) -> dict[str, Any]:
-    table = content.get(name, {})
-    if isinstance(table, dict):
-        return table
-    complaints.add("the file", name, f"must be a table, headed [{name}]")
-    return {}
-
-
 def _place(table: Mapping[str, Any], number: int) -> str:
     name = table.get("name")
     return f"[[case]] {number}" + (f" ({name})" if isinstance(name, str) and name else "")
@@ -143,8 +118,8 @@ def _case(table: Mapping[str, Any], place: str, shared: _Shared) -> Case | None:
         complaints.add(place, "model", "is missing")
         return None
     name = table.get("name", f"{layers.values['model']}-{layers.values.get('precision', 'int8')}")
-    if not isinstance(name, str) or not name.strip(".") or set(name) - set(_SAFE):
-        words = "must be letters, digits, dots, dashes and underscores"
+    if not isinstance(name, str) or not SAFE_NAME.fullmatch(name):
+        words = "must be letters, digits, dots, dashes and underscores, and begin with no dot"
         complaints.add(place, "name", f"{words}, not {name!r}")
     layers.judge(complaints)
     if len(complaints.all) > known:

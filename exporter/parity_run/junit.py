@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from xml.etree import ElementTree
 
+from exporter.cases.case_result import CaseResult, Status
 from exporter.parity_run.baseline import Comparison
-from exporter.parity_run.case_result import CaseResult, Status
 from exporter.report.junit import FIGURES, document, words
 
 EXPORT = "export"

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from rich.markup import escape
 from rich.table import Table
 
+from exporter.cases.case_result import ENGINE_CONTENTS, CaseResult, Status
 from exporter.parity_run.baseline import Comparison
-from exporter.parity_run.case_result import ENGINE_CONTENTS, CaseResult, Status
 
 
 def results_table(

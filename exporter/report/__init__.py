@@ -2,7 +2,8 @@
 
 from exporter.report.content import ReportContent
 from exporter.report.junit import junit_xml
-from exporter.report.page import html
+from exporter.report.page import environment, html
+from exporter.report.plots import curve
 from exporter.report.thumbnails import is_picture, thumbnails
 
-__all__ = ["ReportContent", "html", "is_picture", "junit_xml", "thumbnails"]
+__all__ = ["ReportContent", "curve", "environment", "html", "is_picture", "junit_xml", "thumbnails"]

@@ -37,46 +37,55 @@ GATE_WORDS = {
 }
 
 
-def html(content: ReportContent) -> str:
-    """The page; every text from outside is escaped."""
-    environment = Environment(
+def environment() -> Environment:
+    """The templates of all pages; every text from outside is escaped."""
+    found = Environment(
         loader=PackageLoader("exporter.report", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= _FILTERS
+    found.filters |= _FILTERS
+    return found
+
+
+def html(content: ReportContent) -> str:
+    """The page; every text from outside is escaped."""
     parity = content.parity
     layers = parity.get("layers")
     localization = parity.get("localization")
-    page = environment.get_template("report.html.j2").render(
-        manifest=content.manifest,
-        spec=content.manifest["spec"],
-        parity=parity,
-        engine=content.engine,
-        deferred=_deferred(content.engine),
-        engine_groups=same_figures((content.engine or {}).get("per_target", {})),
-        engine_kinds=_engine_kinds(content.engine),
-        failed=content.failure is not None or parity["verdict"] == "fail",
-        failure=content.failure,
-        sentence=sentence(content),
-        tiles=tiles(content),
-        stations=stations(parity, content.seconds, content.precision, content.failed_in),
-        seconds=content.seconds,
-        files=content.files,
-        ladder=ladder(parity, content.precision),
-        curve=half_curve(parity),
-        layers=layers,
-        layer_bars=layer_bars(layers),
-        activations=spreads(layers, "activations"),
-        weights=spreads(layers, "weights"),
-        localization=localization,
-        deviation_bars=deviation_bars(localization),
-        worst=parity.get("worst_images"),
-        pictures=content.pictures,
-        command=command_line(content.manifest["spec"]),
-        gate_words=_gate_words,
+    page = (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            manifest=content.manifest,
+            spec=content.manifest["spec"],
+            parity=parity,
+            engine=content.engine,
+            deferred=_deferred(content.engine),
+            engine_groups=same_figures((content.engine or {}).get("per_target", {})),
+            engine_kinds=_engine_kinds(content.engine),
+            failed=content.failure is not None or parity["verdict"] == "fail",
+            failure=content.failure,
+            sentence=sentence(content),
+            tiles=tiles(content),
+            stations=stations(parity, content.seconds, content.precision, content.failed_in),
+            seconds=content.seconds,
+            files=content.files,
+            ladder=ladder(parity, content.precision),
+            curve=half_curve(parity),
+            layers=layers,
+            layer_bars=layer_bars(layers),
+            activations=spreads(layers, "activations"),
+            weights=spreads(layers, "weights"),
+            localization=localization,
+            deviation_bars=deviation_bars(localization),
+            worst=parity.get("worst_images"),
+            pictures=content.pictures,
+            command=command_line(content.manifest["spec"]),
+            gate_words=_gate_words,
+        )
     )
     # A file name on Linux need not be valid UTF-8; the page is.
     return page.encode("utf-8", "replace").decode("utf-8")

@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
+import tarfile
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -132,6 +134,27 @@ class StageStore:
                 shutil.rmtree(staging, ignore_errors=True)
             self._make_room(path)
 
+    def pack(self, stage: str, key: str) -> bytes | None:
+        """An entry as a tar archive, for a machine that has another cache; None without it."""
+        with tempfile.TemporaryDirectory() as temporary:
+            if self.fetch(stage, key, Path(temporary)) is None:
+                return None
+            shutil.copyfile(self._path(stage, key) / _ENTRY, Path(temporary) / _ENTRY)
+            return packed(Path(temporary))
+
+    def unpack(self, archive: bytes) -> None:
+        """Store what :meth:`pack` packed; nothing happens where it is there already, or damaged."""
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            unpack_into(archive, folder)
+            with contextlib.suppress(DamagedEntryError, FileNotFoundError), _unless_damaged():
+                named = json.loads((folder / _ENTRY).read_text("utf-8"))
+                entry = _read(folder, named["stage"], named["key"])
+                if not self._path(entry["stage"], entry["key"]).exists():
+                    files = [folder / name for name in entry["files"]]
+                    inputs, seconds = entry["inputs"], entry["seconds"]
+                    self.put(entry["stage"], entry["key"], inputs, seconds, files)
+
     def entries(self) -> tuple[EntryInfo, ...]:
         """All that can be read, those used last first."""
         found = []
@@ -184,6 +207,21 @@ class StageStore:
             if path != newest:
                 self._remove(path)
                 total -= info.bytes
+
+
+def packed(folder: Path) -> bytes:
+    """The files of ``folder`` as an uncompressed tar archive: most of them are weights."""
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        for path in sorted(folder.iterdir()):
+            tar.add(path, arcname=path.name)
+    return archive.getvalue()
+
+
+def unpack_into(archive: bytes, folder: Path) -> None:
+    """Write the files of :func:`packed` into ``folder``."""
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        tar.extractall(folder, filter="data")
 
 
 def key_of(stage: str, inputs: Mapping[str, str]) -> str:

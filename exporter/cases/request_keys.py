@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from exporter.build_options import BuildOptions
+from exporter.cases.complaints import Complaints, nearest
 from exporter.devices import resolve_targets
 from exporter.errors import InputError, InvalidRequestError
-from exporter.parity_run.complaints import Complaints, nearest
 from exporter.request import ExportRequest, validate
 from exporter.spec import HUB, RANDOM, ExportSpec
 

@@ -33,7 +33,7 @@ class CaseResult:
 
     ``message`` is the sentence of a failure or an error, ``exit_code`` what `engine` would have
     ended with. ``engine`` is engine.json, ``files`` the size of each file of the bundle in bytes;
-    both are empty where nothing was published.
+    both are empty where nothing was published. ``reused`` are the stages that came from the cache.
     """
 
     name: str
@@ -45,6 +45,7 @@ class CaseResult:
     engine: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    reused: tuple[str, ...] = ()
 
     @property
     def figures(self) -> Figures:
@@ -78,4 +79,5 @@ class CaseResult:
             "engine": dict(self.engine),
             "figures": {stage: dict(values) for stage, values in self.figures.items()},
             "notes": list(self.notes),
+            "reused": list(self.reused),
         }

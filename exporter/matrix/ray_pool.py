@@ -1,0 +1,165 @@
+"""Cells on a Ray cluster. Nothing but Ray's object store is shared between the machines.
+
+A task makes one cell in a folder of its own and returns three objects: the result, the bundle as an
+archive, and the stages that others will want, which go from node to node without passing here. A
+task whose worker or node dies is run again by Ray.
+
+Every node needs this project installed, and weights and images at the paths of the configuration.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from exporter.bundle import MANIFEST
+from exporter.bundle_writer import BundleWriter
+from exporter.cases import CaseResult, Status
+from exporter.errors import EnvironmentLackError, ExporterError
+from exporter.failure import failure_paths
+from exporter.matrix.config import Cell
+from exporter.matrix.subprocess_pool import thread_environment
+from exporter.matrix.worker import job, result_of, run_job
+from exporter.stage_cache import StageStore, open_cache
+from exporter.stage_cache.store import packed, unpack_into
+from exporter.stage_cache.values import to_json
+
+RETRIES = 3
+_BUNDLE = "bundle"
+
+Shared = Sequence[tuple[str, str]]
+"""Stage and key of what several cells share."""
+
+
+class RayPool:
+    """A cluster at ``address``: ``auto``, ``HOST:PORT`` or ``ray://HOST:PORT``.
+
+    ``shared`` has each cell's stages for other cells. Used as a context manager.
+
+    Raises:
+        EnvironmentLackError: Ray is not installed, or there is no such cluster.
+    """
+
+    def __init__(
+        self, address: str, *, threads: int, cached: bool, shared: Mapping[str, Shared]
+    ) -> None:
+        self._ray = _connect(address, threads)
+        self._cached, self._shared = cached, shared
+        self._task = self._ray.remote(num_returns=3, num_cpus=threads, max_retries=RETRIES)(
+            run_remotely
+        )
+        self._running: dict[Any, tuple[Cell, Any]] = {}
+        self._stages: dict[str, Any] = {}
+
+    def __enter__(self) -> RayPool:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._ray.shutdown()
+
+    @property
+    def width(self) -> int:
+        """Ray itself holds back what there is no room for."""
+        return 10**6
+
+    def start(self, cell: Cell, after: tuple[str, ...]) -> None:
+        """Begin a cell, with the stages that ``after`` made."""
+        text = job(cell.name, cell.request, cached=self._cached)
+        result, bundle, stages = self._task.remote(
+            text, list(self._shared[cell.name]), *(self._stages[name] for name in after)
+        )
+        self._running[result] = (cell, bundle)
+        self._stages[cell.name] = stages
+
+    def wait(self) -> tuple[Cell, CaseResult]:
+        """The next cell that ends; its bundle is at its place then."""
+        (ended,), _ = self._ray.wait(list(self._running), num_returns=1)
+        cell, bundle = self._running.pop(ended)
+        try:
+            result = result_of(self._ray.get(ended))
+            _receive(Path(str(cell.request.out)), self._ray.get(bundle))
+        except ExporterError as error:
+            return cell, _failed(cell, error.exit_code, str(error))
+        except self._ray.exceptions.RayError as error:
+            # Whoever follows it makes what it wants itself.
+            self._stages[cell.name] = []
+            words = str(error).strip().splitlines() or [type(error).__name__]
+            return cell, _failed(cell, EnvironmentLackError.exit_code, words[-1])
+        return cell, result
+
+
+def run_remotely(
+    text: str, shared: Shared, *given: Sequence[bytes]
+) -> tuple[str, bytes, list[bytes]]:
+    """Make a cell on the node that this runs on: its result, its bundle, its stages for others."""
+    content = json.loads(text)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        store = None
+        if content["cached"]:
+            store = open_cache() or StageStore(root=folder / "cache", limit=1 << 40)
+            for archives in given:
+                for archive in archives:
+                    store.unpack(archive)
+        results = folder / "results"
+        results.mkdir()
+        result = run_job(json.dumps({**content, "out": str(results / _BUNDLE)}), store)
+        own = [store.pack(stage, key) for stage, key in shared] if store else []
+        stages = [archive for archive in own if archive is not None]
+        return json.dumps(to_json(result)), packed(results), stages
+
+
+def _connect(address: str, threads: int) -> Any:
+    # Nobody who deploys models expects a report of it to be sent away.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError as error:
+        raise EnvironmentLackError(
+            "Ray is not installed; pip install 'repvgg-exporter[cluster]'"
+        ) from error
+    variables = thread_environment(str(threads))
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env={"env_vars": variables},
+        )
+    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise EnvironmentLackError(f"no Ray cluster at {address}: {first}") from error
+    return ray
+
+
+def _receive(out: Path, archive: bytes) -> None:
+    """Publish the bundle of a cell, or put the report of its failure beside."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        unpack_into(archive, folder)
+        for path, kept in zip(failure_paths(folder / _BUNDLE), failure_paths(out), strict=True):
+            kept.unlink(missing_ok=True)
+            if path.exists():
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                shutil.move(path, kept)
+        if not (folder / _BUNDLE).exists():
+            return
+        with BundleWriter(out) as writer:
+            for path in (folder / _BUNDLE).iterdir():
+                shutil.move(path, writer.path(path.name))
+            manifest = json.loads(writer.path(MANIFEST).read_text("utf-8"))
+            writer.path(MANIFEST).unlink()
+            own = ("schema_version", "files")
+            writer.publish({key: value for key, value in manifest.items() if key not in own})
+
+
+def _failed(cell: Cell, exit_code: int, message: str) -> CaseResult:
+    return CaseResult(
+        name=cell.name, status=Status.ERROR, seconds=0.0, exit_code=exit_code, message=message
+    )

@@ -85,7 +85,7 @@ clean:
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--constraint constraints.txt --editable '.[export,rtx,dev,docs]'
+		--constraint constraints.txt --editable '.[export,rtx,cluster,dev,docs]'
 	@touch $@
 
 $(VENV)/.with-cuda: $(READY)

@@ -9,12 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from exporter.cases import CaseResult, Status
 from exporter.errors import InputError
 from exporter.parity_run import (
-    CaseResult,
     Comparison,
     Margins,
-    Status,
     compare,
     junit_xml,
     read_baseline,

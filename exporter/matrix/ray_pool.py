@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ from exporter.stage_cache.store import packed, unpack_into
 from exporter.stage_cache.values import to_json
 
 RETRIES = 3
+_CONNECT_S = 10
 _BUNDLE = "bundle"
 
 Shared = Sequence[tuple[str, str]]
@@ -124,6 +126,7 @@ def _connect(address: str, threads: int) -> Any:
         raise EnvironmentLackError(
             "Ray is not installed; pip install 'repvgg-exporter[cluster]'"
         ) from error
+    _require_listener(address)
     variables = thread_environment(str(threads))
     try:
         ray.init(
@@ -136,6 +139,19 @@ def _connect(address: str, threads: int) -> Any:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise EnvironmentLackError(f"no Ray cluster at {address}: {first}") from error
     return ray
+
+
+def _require_listener(address: str) -> None:
+    """Ray itself tries for minutes to reach a cluster that is not there."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise EnvironmentLackError(
+            f"no Ray cluster at {address}: {getattr(error, 'strerror', None) or error}"
+        ) from error
 
 
 def _receive(out: Path, archive: bytes) -> None:

@@ -36,6 +36,7 @@ MEASUREMENTS = {
 """Take many minutes; the script that they run."""
 REFUSED = {
     "make gpu-test": (2, "no NVIDIA driver on this machine (libcuda.so.1 does not load)"),
+    "repvgg-export matrix matrix.toml --ray auto": (3, "no Ray cluster at auto"),
     "repvgg-export build BUNDLE": (3, "there is no GPU to build the engine for: no NVIDIA driver"),
 }
 """What a machine without a GPU must answer: exit code and the beginning of the sentence."""
@@ -224,6 +225,10 @@ def place(tmp_path_factory: pytest.TempPathFactory, bundles) -> Path:
     (home / "DIR").symlink_to("images/val")
     (home / "docs").mkdir()
     (home / ".config/fish/completions").mkdir(parents=True)
+    (home / "matrix.toml").write_text(
+        '[matrix]\nmodel = ["A0"]\nprecision = ["fp16"]\ntarget = ["sm86", "orin"]\n'
+        "[defaults]\nevaluation_images = 40\n"
+    )
     (home / "parity.toml").write_text(
         '[[case]]\nmodel = "A0"\nprecision = "fp16"\ntarget = "sm86"\nevaluation_images = 40\n'
     )
@@ -233,7 +238,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, bundles) -> Path:
 def run(arguments: list[str], home: Path) -> subprocess.CompletedProcess[str]:
     """With the folder's own programs first, and without the network."""
     path = os.pathsep.join([str(home / ".venv" / "bin"), os.environ["PATH"]])
-    own = {"PATH": path, "HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    own = {"PATH": path, "HOME": str(home), "HF_HUB_OFFLINE": "1", "REPVGG_EXPORT_CACHE": ""}
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, **own, "PYTHONPATH": os.pathsep.join(paths)}
     return subprocess.run(

@@ -45,7 +45,7 @@ _VALUES_OF: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("evaluate", "backend"): _RUNNERS,
     ("benchmark", "backend"): _RUNNERS,
 }
-_TEXT = ("batch", "image_size", "dynamic_size", "keep_float", "shard")
+_TEXT = ("batch", "image_size", "dynamic_size", "keep_float", "shard", "ray")
 """Options whose values nobody can guess."""
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -270,17 +270,3 @@ def unreadable(folder: ImageFolder, preprocess: Preprocess) -> tuple[Path, ...]:
         except ImageDataError:
             bad.append(path)
     return tuple(bad)
-
-
-def batches(folder: ImageFolder, preprocess: Preprocess, batch_size: int) -> Iterator[FloatArray]:
-    """Yield ``[n, 3, H, W]`` float32 batches, ``n <= batch_size``, in the folder's order.
-
-    Raises:
-        ImageDataError: naming the first file that cannot be decoded.
-        ValueError: if ``batch_size`` is not positive.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch size must be positive, not {batch_size}")
-    for start in range(0, len(folder.files), batch_size):
-        chunk = folder.files[start : start + batch_size]
-        yield np.stack([load_image(path, preprocess) for path in chunk])

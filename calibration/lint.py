@@ -17,6 +17,7 @@ from PIL import Image
 
 from calibration import pixel_checks
 from calibration.data_report import DataReport, Figures, Finding
+from calibration.decoding import PixelMemory, batches
 from calibration.image_statistics import (
     ColourStatistics,
     ImageRecord,
@@ -24,7 +25,7 @@ from calibration.image_statistics import (
     measure,
     pool,
 )
-from calibration.images import FloatArray, ImageDataError, ImageFolder, Preprocess, batches
+from calibration.images import FloatArray, ImageDataError, ImageFolder, Preprocess
 
 LEAST_IMAGES = 8
 """Fewer distinct pictures say nothing about the range of an activation."""
@@ -85,7 +86,7 @@ def lint_folder(
         ImageDataError: naming the first file that cannot be decoded.
     """
     linter = Linter(preprocess)
-    for images in batches(folder, preprocess, _BATCH):
+    for images in batches(folder, PixelMemory(preprocess, limit=0), _BATCH):
         linter.add(images)
     return linter.report(folder, class_names)
 

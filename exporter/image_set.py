@@ -12,12 +12,11 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from calibration.decoding import PixelMemory, batches
 from calibration.images import (
     ImageDataError,
     ImageFolder,
     Preprocess,
-    batches,
-    load_image,
     unreadable,
 )
 from exporter.errors import InputError
@@ -62,12 +61,17 @@ class ImageSet(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FolderImages:
-    """Image files through a Preprocess. ``skipped`` were unreadable and left out on request."""
+    """Image files, decoded once. ``skipped`` were unreadable and left out on request."""
 
     folder: ImageFolder
-    preprocess: Preprocess
+    memory: PixelMemory
     description: str
     skipped: int = 0
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """What makes arrays of the files."""
+        return self.memory.preprocess
 
     @classmethod
     def open(
@@ -86,7 +90,8 @@ class FolderImages:
         folder = folder.without(bad)
         if not folder.files:
             raise InputError(f"image folder {root} holds no readable image ({len(bad)} skipped)")
-        return cls(folder=folder, preprocess=preprocess, description=description, skipped=len(bad))
+        memory = PixelMemory(preprocess)
+        return cls(folder=folder, memory=memory, description=description, skipped=len(bad))
 
     @property
     def count(self) -> int:
@@ -94,7 +99,7 @@ class FolderImages:
 
     def batches(self) -> Iterator[Batch]:
         try:
-            for images in batches(self.folder, self.preprocess, BATCH_SIZE):
+            for images in batches(self.folder, self.memory, BATCH_SIZE):
                 yield (images,)
         except ImageDataError as error:
             raise InputError(f"{error}; --skip-bad-images leaves such files out") from error
@@ -110,7 +115,7 @@ class FolderImages:
 
     def image(self, index: int) -> Batch:
         try:
-            return (load_image(self.folder.files[index], self.preprocess)[None],)
+            return (self.memory.image(self.folder.files[index])[None],)
         except ImageDataError as error:
             raise InputError(str(error)) from error
 

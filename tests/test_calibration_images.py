@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from calibration.decoding import PixelMemory, batches
 from calibration.images import (
     ImageDataError,
     ImageFolder,
     Preprocess,
-    batches,
     load_image,
     unreadable,
 )
@@ -172,7 +172,7 @@ def test_undecodable_files_are_named(tmp_path: Path) -> None:
             load_image(path, Preprocess())
     assert [path.name for path in folder.without(bad).files] == ["000.png", "full.jpg"]
     with pytest.raises(ImageDataError, match=r"bad\.png cannot be decoded"):
-        list(batches(folder, Preprocess(), 8))
+        list(batches(folder, PixelMemory(Preprocess()), 8))
 
 
 def test_missing_empty_and_wrong_folders_are_refused(tmp_path: Path) -> None:
@@ -265,12 +265,12 @@ def test_batches_keep_order_and_size(tmp_path: Path) -> None:
     """Batches are full but for the last, and hold the images in the folder's order."""
     folder = folder_of(tmp_path, {"a": 3, "b": 2})
     preprocess = Preprocess(image_size=(4, 4), crop_fraction=1.0)
-    found = list(batches(folder, preprocess, 2))
+    found = list(batches(folder, PixelMemory(preprocess), 2))
     assert [len(batch) for batch in found] == [2, 2, 1]
     expected = [load_image(path, preprocess) for path in folder.files]
     np.testing.assert_array_equal(expected, np.concatenate(found))
     with pytest.raises(ValueError, match=r"^batch size must be positive, not 0$"):
-        next(batches(folder, preprocess, 0))
+        next(batches(folder, PixelMemory(preprocess), 0))
 
 
 NUMBERS = st.floats(-10, 10)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from calibration.data_report import DataReport
-from calibration.images import ImageDataError, ImageFolder, Preprocess, batches
+from calibration.decoding import PixelMemory, batches
+from calibration.images import ImageDataError, ImageFolder, Preprocess
 from calibration.lint import Linter, lint_arrays, lint_folder
 from models.registry import bundled_weights
 
@@ -509,7 +510,7 @@ def test_a_folder_is_what_its_batches_are(tmp_path: Path) -> None:
     """A folder and its preprocessed arrays have the same figures, but for files and labels."""
     save(tmp_path, pictures(20))
     folder = ImageFolder.open(tmp_path)
-    of_arrays = lint_arrays(batches(folder, IMAGENET, 7), IMAGENET).figures
+    of_arrays = lint_arrays(batches(folder, PixelMemory(IMAGENET), 7), IMAGENET).figures
     of_folder = lint_folder(folder, IMAGENET).figures
     assert (0, 0, None, None) == (
         of_folder.tiny, of_folder.cropped, of_arrays.tiny, of_arrays.cropped

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from calibration.decoding import PixelMemory
 from calibration.images import ImageFolder, Preprocess
 from exporter.data_check import SAMPLE_IMAGES, DataCheck, check_calibration, require_usable
 from exporter.errors import InputError
@@ -80,7 +81,7 @@ def folder(root: Path, images: np.ndarray, preprocess: Preprocess) -> FolderImag
         label.mkdir(exist_ok=True)
         Image.fromarray(pixels).save(label / f"{index:03}.png")
     found = ImageFolder.open(root)
-    return FolderImages(folder=found, preprocess=preprocess, description="folder")
+    return FolderImages(folder=found, memory=PixelMemory(preprocess), description="folder")
 
 
 def codes(check: DataCheck) -> list[str]:
@@ -102,8 +103,8 @@ def test_the_bundled_network_and_images_pass_in_silence() -> None:
     assert check.training.given < 0.002
     assert check.training.images == SAMPLE_IMAGES
     require_usable(check)
-    wrong = replace(images, preprocess=replace(source.preprocess, mean=(0.485, 0.456, 0.406),
-                                               std=(0.229, 0.224, 0.225)))  # fmt: skip
+    other = replace(source.preprocess, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    wrong = replace(images, memory=PixelMemory(other))
     (finding,) = [
         finding
         for finding in check_calibration(wrong, source, None, bundled.class_names).report.findings

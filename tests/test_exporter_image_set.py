@@ -217,6 +217,7 @@ def test_a_file_is_found_by_its_name_within_the_folder(animals: Path) -> None:
     for index in range(len(batch)):
         np.testing.assert_array_equal(batch[index], images.image(index)[0][0])
         assert images.folder.files[index] == animals / images.name(index)
+    images = opened(animals)
     images.folder.files[0].unlink()
     with pytest.raises(InputError, match=str(images.folder.files[0])):
         images.image(0)

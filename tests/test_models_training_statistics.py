@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from calibration.images import ImageFolder, Preprocess, batches
+from calibration.decoding import PixelMemory, batches
+from calibration.images import ImageFolder, Preprocess
 from models.checkpoint import load_checkpoint
 from models.first_norms import IDENTITY, FirstNorms
 from models.fusion import reparameterize
@@ -209,7 +210,7 @@ def test_the_bundled_network_and_its_images_agree() -> None:
     preprocess = Preprocess.from_json(bundled.preprocess)
     network = load_checkpoint(bundled.checkpoint).module
     folder = ImageFolder.open(bundled.calibration_images).take(64)
-    images = [torch.from_numpy(batch) for batch in batches(folder, preprocess, 16)]
+    images = [torch.from_numpy(batch) for batch in batches(folder, PixelMemory(preprocess), 16)]
     found = fit_training_statistics(network, images, mean=preprocess.mean, std=preprocess.std)
     assert found is not None
     assert (None, False) == (found.mistake, found.foreign)

@@ -25,7 +25,7 @@ from exporter.network import Interface, multiply_accumulates
 from exporter.onnx_runner import FloatArray
 from exporter.plan_engine import EngineOutcome
 from exporter.prologue import Prologue, normalized
-from exporter.provenance import created, versions
+from exporter.provenance import created, recorded_seconds, versions
 from exporter.report import ReportContent
 from exporter.spec import ExportSpec, Precision
 
@@ -96,7 +96,9 @@ def write_evidence(
     writer.write_text(files.ENGINE_SUMMARY, files.dumps(engine.to_json()))
     if engine.built is not None:
         writer.path(files.ENGINE).write_bytes(engine.built.plan)
-        writer.write_text(files.BUILD_LOG, engine.built.build_log)
+        # The folder that the bundle is made in has another name each time, and is gone afterwards.
+        own_paths = engine.built.build_log.replace(f"{writer.path('.')}/", "")
+        writer.write_text(files.BUILD_LOG, own_paths)
     (sample, *_) = judge.samples(REFERENCE_IMAGES)
     ports = inputs.interface
     given = sample if prologue is None else prologue.pixels(sample)
@@ -124,7 +126,7 @@ def write_report(
         manifest=document,
         parity=parity,
         engine=engine.to_json(),
-        seconds=seconds,
+        seconds={name: recorded_seconds(taken) for name, taken in seconds.items()},
         files=writer.sizes(),
         pictures=pictures(inputs, judge),
     )

@@ -20,7 +20,7 @@ from exporter import bundle as files
 from exporter import contract
 from exporter.annotation import Description, annotate, annotate_precision
 from exporter.bundle import Bundle
-from exporter.bundle_writer import BundleWriter
+from exporter.bundle_writer import BundleWriter, Signer
 from exporter.contract import ContractVerdict
 from exporter.devices import resolve_targets
 from exporter.engine import (
@@ -54,6 +54,7 @@ from exporter.plan_engine import (
 )
 from exporter.precision_stage import Precise, apply_precision
 from exporter.prologue_stage import choose_prologue, precede
+from exporter.sbom import sbom
 from exporter.simplify import simplify
 from exporter.spec import ExportSpec, Precision
 from models.repvgg import RepVGG
@@ -105,10 +106,11 @@ def run(
     progress: Progress = silent,
     *,
     inputs: Inputs | None = None,
+    signer: Signer | None = None,
 ) -> ExportResult:
     """Do everything that ``spec`` asks for and publish the bundle.
 
-    ``inputs`` replaces what :func:`prepare` would load.
+    ``inputs`` replaces what :func:`prepare` would load; ``signer`` signs what is published.
 
     Raises:
         GateFailedError: a gate failed; nothing is published.
@@ -122,7 +124,7 @@ def run(
         asked, backend, spec.precision, allow_emulated=spec.build.allow_emulated
     )
     require_possible(spec, asked, backend, decision)
-    with told_if_failed(spec, clock) as scene, BundleWriter(spec.out) as writer:
+    with told_if_failed(spec, clock) as scene, BundleWriter(spec.out, signer) as writer:
         with clock.stage("load"):
             inputs = scene.inputs = inputs or prepare(spec)
             prologue = choose_prologue(spec, inputs)
@@ -188,6 +190,7 @@ def run(
                 half_scales=decision.emulated,
                 notes=notes,
             )
+            writer.write_text(files.SBOM, sbom(document["created"]))
             write_report(writer, document, inputs, judge, engine, seconds=clock.seconds)
             published = writer.publish(document)
     return ExportResult(

@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from exporter.commands import EXPORT_LIBRARIES, require_libraries
+from exporter.commands.signing import signer
 from exporter.console import (
     print_json,
     print_note,
@@ -37,11 +38,12 @@ def prepare_export() -> None:
 def run_engine(options: argparse.Namespace) -> int:
     """Export, and tell what was made."""
     spec = validate(_request(options))
+    sign = signer(options.sign)
     with progress_bars(quiet=options.quiet) as progress:
         prepare_export()
         from exporter import pipeline
 
-        result = pipeline.run(spec, progress)
+        result = pipeline.run(spec, progress, signer=sign)
     for note in result.notes:
         print_note(f"note: {note}")
     if options.json:

@@ -25,7 +25,7 @@ ENGINE = $(BIN)/repvgg-export engine '$(MODEL)' --precision '$(PRECISION)' \
 	$(call option,--batch,$(BATCH)) $(call option,--image-size,$(IMAGE_SIZE)) \
 	--out '$(BUNDLE)' $(ARGS)
 
-.PHONY: engine parity test test-slow lint format benchmark benchmark-paper engine-table docs gpu-test clean
+.PHONY: engine parity test test-slow lint format benchmark benchmark-paper engine-table docs audit gpu-test clean
 
 engine: $(READY)
 	@$(ENGINE)
@@ -53,6 +53,11 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Known vulnerabilities of everything that constraints.txt pins. Where the service cannot be reached
+# it says so and passes.
+audit: $(READY)
+	$(BIN)/python .ci/audit.py constraints.txt
 
 format: $(READY)
 	$(BIN)/ruff format .
@@ -85,7 +90,7 @@ clean:
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--constraint constraints.txt --editable '.[export,rtx,cluster,dev,docs]'
+		--constraint constraints.txt --editable '.[export,rtx,sign,cluster,dev,docs]'
 	@touch $@
 
 $(VENV)/.with-cuda: $(READY)

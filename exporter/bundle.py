@@ -37,6 +37,26 @@ CALIBRATION_CACHE = "calibration.cache"
 BUILD_LOG = "build.log"
 JUNIT = "junit.xml"
 REPORT = "report.html"
+SBOM = "sbom.cdx.json"
+CHECKSUMS = "SHA256SUMS"
+SIGNED = (MANIFEST, CHECKSUMS)
+"""What a signature is made of: between them they have the sha256 of every other file."""
+
+_SIGNATURE = ".minisig"
+UNLISTED = frozenset({*SIGNED, *(f"{name}{_SIGNATURE}" for name in SIGNED)})
+"""Files of a bundle that its manifest cannot list, because they are made from it."""
+
+
+def signature_path(path: Path) -> Path:
+    """Where the signature of the file ``path`` stands, by the name that minisign looks for."""
+    return path.with_name(path.name + _SIGNATURE)
+
+
+def checksums_text(files: Mapping[str, Mapping[str, Any]], manifest_sha256: str) -> str:
+    """SHA256SUMS as ``sha256sum --check`` reads it; ``files`` is the manifest's."""
+    found = {name: str(entry["sha256"]) for name, entry in files.items()}
+    found[MANIFEST] = manifest_sha256
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(found.items()))
 
 
 def graph_name(precision: str) -> str:
@@ -94,6 +114,11 @@ class Bundle:
             for name, entry in self.manifest["files"].items()
             if not (self.path / name).is_file() or file_sha256(self.path / name) != entry["sha256"]
         )
+
+    @property
+    def checksums(self) -> str:
+        """What SHA256SUMS must say of the files, by the manifest that lies there now."""
+        return checksums_text(self.manifest["files"], file_sha256(self.path / MANIFEST))
 
     @property
     def graph_path(self) -> Path:

@@ -10,28 +10,43 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from exporter.bundle import MANIFEST, SCHEMA_VERSION, Bundle, dumps, file_sha256
+from exporter.bundle import (
+    CHECKSUMS,
+    MANIFEST,
+    SCHEMA_VERSION,
+    SIGNED,
+    Bundle,
+    checksums_text,
+    dumps,
+    file_sha256,
+    signature_path,
+)
 from exporter.errors import InputError
+
+Signer = Callable[[str, bytes], bytes]
+"""Takes a file's name and content, gives the content of its detached signature."""
 
 
 class BundleWriter:
     """Collects a bundle's files beside ``out``; :meth:`publish` moves them there in one step.
 
-    Used as a context manager: leaving it without publishing removes everything written.
+    Used as a context manager: leaving it without publishing removes everything written. With a
+    ``signer`` the bundle is published with its signatures.
 
     Raises:
         InputError: if ``out`` cannot be written or holds something that is no bundle; when the
             disk is full.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, signer: Signer | None = None) -> None:
         self._out = out
+        self._signer = signer
         self._staging: Path | None = None
         self._made_parents: list[Path] = []
 
@@ -91,12 +106,20 @@ class BundleWriter:
         }
         document = {"schema_version": SCHEMA_VERSION, **manifest, "files": files}
         self.write_text(MANIFEST, dumps(document))
+        self._seal(files)
         for path in staging.iterdir():
             _sync(path)
         bundle = replace(Bundle.load(staging), path=self._out)
         _move_into_place(staging, self._out)
         self._staging = None
         return bundle
+
+    def _seal(self, files: Mapping[str, Mapping[str, Any]]) -> None:
+        """What is made from the manifest: the checksums of all files, and the signatures."""
+        self.write_text(CHECKSUMS, checksums_text(files, file_sha256(self.path(MANIFEST))))
+        if self._signer is not None:
+            for path in map(self.path, SIGNED):
+                signature_path(path).write_bytes(self._signer(path.name, path.read_bytes()))
 
     def __exit__(
         self,

@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from exporter import __version__
-from exporter.commands import cache, completion, device, export, files, matrix, outcome, parity
+from exporter.commands import (
+    cache,
+    completion,
+    device,
+    export,
+    files,
+    matrix,
+    outcome,
+    parity,
+    signing,
+)
 from exporter.commands.argument_parser import ArgumentParser, UsageError
 from exporter.spec import Precision, Recipe
 from models.variants import VARIANTS
@@ -28,6 +38,7 @@ _EXAMPLES = {
     "engine": "engine A0 --precision int8 --target orin,rtx3060",
     "plan": "plan B1 --target orin --precision int8",
     "verify": "verify build/A0-int8",
+    "sign": "sign build/A0-int8 --key minisign.key",
     "build": "build build/A0-int8 --timing-cache kernels.cache",
     "evaluate": "evaluate build/A0-int8 --data images/val",
     "benchmark": "benchmark build/A0-int8 --compare build/A0-fp16",
@@ -63,6 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_engine(command("engine", "build a bundle"))
     _add_plan(command("plan", "say what `engine` would do"))
     device.add_commands(command)
+    signing.add_command(command)
     files.add_commands(command)
     parity.add_command(command)
     matrix.add_command(command)
@@ -95,6 +107,9 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         "for the others")  # fmt: skip
     add("--no-cache", dest="cached", action="store_false", help="make every stage anew and keep "
         "none")  # fmt: skip
+    signed = parser.add_argument_group("signature").add_argument
+    signed("--sign", type=Path, metavar="FILE", help="sign the bundle with this secret key of "
+        "minisign; its password is asked for, or in REPVGG_EXPORT_KEY_PASSWORD")  # fmt: skip
     parser.set_defaults(run=export.run_engine)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from exporter import bundle as files
@@ -78,4 +79,6 @@ def build_engine(
         pointwise=expected.pointwise,
         allow_emulated=request.options.allow_emulated,
     )
-    return engine
+    # The folder that a bundle is made in has another name each time, and is gone afterwards.
+    log = engine.build_log.replace(f"{request.onnx_path.parent}/", "")
+    return replace(engine, build_log=log)

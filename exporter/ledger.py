@@ -10,6 +10,7 @@ from calibration.sensitivity import ParetoPoint
 from exporter.deviation import Localization
 from exporter.layer_figures import LayerTable
 from exporter.parity import Gate, StageResult
+from exporter.provenance import recorded_seconds
 from exporter.worst_images import WorstImages
 
 
@@ -27,7 +28,7 @@ class Rung:
     chosen: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """Figures are null where there is no result."""
+        """Figures are null where there is no result, the time where files must be reproducible."""
         keys = ("status", "reason", "sqnr_db", "cosine", "kl_nats", "top1_agreement", "top1")
         row = self.result.to_json() if self.result else {"status": "fail", "reason": self.reason}
         figures = {key: row.get(key) for key in keys}
@@ -35,7 +36,7 @@ class Rung:
             "recipe": self.recipe,
             "chosen": self.chosen,
             **figures,
-            "seconds": round(self.seconds, 2),
+            "seconds": recorded_seconds(round(self.seconds, 2)),
         }
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from exporter import parity
 from exporter.bundle import Bundle
-from exporter.bundle_writer import BundleWriter
+from exporter.bundle_writer import BundleWriter, Signer
 from exporter.clock import Progress, StageClock, silent
 from exporter.devices import RTX, resolve_targets
 from exporter.draft import Draft
@@ -67,13 +67,14 @@ def run(
     inputs: Inputs | None = None,
     cache: StageStore | None = None,
     out: Path | None = None,
+    signer: Signer | None = None,
 ) -> ExportResult:
     """Do everything that ``spec`` asks for and publish the bundle.
 
     ``inputs`` replaces what :func:`exporter.inputs.prepare` would load. With a ``cache`` stages
     that another run has made are taken from there; only for a spec without ``inputs``, which alone
     says what they depend on. ``out`` is where to publish in place of ``spec.out``, which the
-    manifest still names.
+    manifest still names; ``signer`` signs what is published.
 
     Raises:
         GateFailedError: a gate failed; nothing is published.
@@ -91,7 +92,7 @@ def run(
     )
     require_possible(spec, asked, backend, decision)
     stages = CachedStages(cache)
-    with told_if_failed(spec, clock, out) as scene, BundleWriter(out) as writer:
+    with told_if_failed(spec, clock, out) as scene, BundleWriter(out, signer) as writer:
         folder = writer.path(".")
         draft = _draft(
             spec,

@@ -41,6 +41,14 @@ from models.registry import bundled_weights
 IMAGENET_CLASSES = 1000
 IMAGE_SIZE = (224, 224)
 REFERENCE_IMAGES = 8
+_RECORDS = (
+    files.PARITY,
+    files.JUNIT,
+    files.REPORT,
+    files.SBOM,
+    files.MANIFEST,
+    files.CHECKSUMS,
+)
 
 
 def make_plan(
@@ -91,7 +99,7 @@ def make_plan(
         sizes[files.CALIBRATION] = None
     if build.precision == "int8":
         sizes[files.CALIBRATION_CACHE] = None
-    sizes |= dict.fromkeys((files.PARITY, files.JUNIT, files.REPORT, files.MANIFEST))
+    sizes |= dict.fromkeys(_RECORDS)
     return _plan(
         spec.title,
         str(spec.out),

@@ -35,12 +35,22 @@ def version(name: str) -> str | None:
     return None
 
 
+def moment() -> datetime:
+    """Now in UTC, or what ``SOURCE_DATE_EPOCH`` names: seconds since 1970."""
+    epoch = _source_date_epoch()
+    return datetime.now(timezone.utc) if epoch is None else epoch
+
+
 def created() -> str:
-    """Now in UTC, or the moment that ``SOURCE_DATE_EPOCH`` names, as ISO 8601 to the second."""
+    """The :func:`moment` as ISO 8601 to the second."""
+    return moment().isoformat(timespec="seconds")
+
+
+def recorded_seconds(seconds: float) -> float | None:
+    """What a file says of a wall time: nothing where ``SOURCE_DATE_EPOCH`` wants equal files."""
+    return seconds if _source_date_epoch() is None else None
+
+
+def _source_date_epoch() -> datetime | None:
     epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
-    moment = (
-        datetime.fromtimestamp(int(epoch), timezone.utc)
-        if epoch.isdigit()
-        else datetime.now(timezone.utc)
-    )
-    return moment.isoformat(timespec="seconds")
+    return datetime.fromtimestamp(int(epoch), timezone.utc) if epoch.isdigit() else None

@@ -12,8 +12,9 @@ from exporter.bundle_writer import BundleWriter
 from exporter.draft import Draft
 from exporter.ledger import Ledger
 from exporter.plan_engine import EngineOutcome
-from exporter.provenance import created, versions
+from exporter.provenance import created, recorded_seconds, versions
 from exporter.report import ReportContent
+from exporter.sbom import sbom
 from exporter.spec import ExportSpec
 
 
@@ -52,6 +53,7 @@ def publish(
         "half_scales": half_scales,
         "notes": [*draft.notes, *engine.notes],
     }
+    writer.write_text(files.SBOM, sbom(manifest["created"]))
     network = manifest["spec"]["variant"] or manifest["spec"]["name"]
     suite = f"repvgg.{network}.{spec.precision}"
     writer.write_text(files.JUNIT, report.junit_xml(parity, suite))
@@ -59,7 +61,7 @@ def publish(
         manifest=manifest,
         parity=parity,
         engine=engine.to_json(),
-        seconds=seconds,
+        seconds={name: recorded_seconds(taken) for name, taken in seconds.items()},
         files=writer.sizes(),
         pictures=draft.pictures,
     )

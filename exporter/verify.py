@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from exporter import parity
-from exporter.bundle import MODEL, Bundle
+from exporter.bundle import CHECKSUMS, MANIFEST, MODEL, Bundle
 from exporter.device import (
     RunBackend,
     is_classifier,
@@ -43,10 +43,11 @@ def verify(
     wrong with it.
 
     Raises:
-        GateFailedError: if a file is missing or altered.
+        GateFailedError: if a file is missing or altered, or SHA256SUMS says otherwise.
         EnvironmentLackError: if nothing beyond the hashes can be checked here.
     """
     require_intact(bundle)
+    _require_same_checksums(bundle)
     judge = _Judge.of(bundle)
 
     def run(backend: RunBackend, batch: Batch) -> Outputs:
@@ -71,6 +72,15 @@ def verify(
         images="the bundle's reference inputs",
         image_count=len(judge.batch[0]),
     )
+
+
+def _require_same_checksums(bundle: Bundle) -> None:
+    """SHA256SUMS, which bundles of older versions lack, must not mislead who reads only that."""
+    path = bundle.path / CHECKSUMS
+    if path.is_file() and path.read_bytes() != bundle.checksums.encode():
+        raise GateFailedError(
+            f"bundle {bundle.path}: {CHECKSUMS} does not say what {MANIFEST} and its files say"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -57,4 +57,4 @@ def test_the_readmes_first_command_gives_what_the_readme_shows(clone):
     table = README[README.index("| file | what it is |") : README.index("`repvgg-export verify")]
     named = {name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
              for name in re.findall(r"`([\w.]+)`", row)} - {"model.fp16.onnx"}  # fmt: skip
-    assert {*bundle.manifest["files"], "manifest.json"} == named
+    assert {*bundle.manifest["files"], "manifest.json", "SHA256SUMS"} == named

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import minisign
 import numpy as np
 import onnx
 import pytest
@@ -295,3 +296,36 @@ def test_a_damaged_file_is_named_by_every_command(refused: Refused, bundle: Path
         1,
         f"bundle {bundle}: model.onnx missing or not what the manifest says",
     ) == refused([command, str(bundle), *options])
+
+
+def test_verify_says_what_it_knows_of_the_signature(bundle: Path, tmp_path: Path, capsys):
+    """None, there but not checked, checked; in words and for programs."""
+    pair = minisign.KeyPair.generate()
+    key, public = tmp_path / "my.key", tmp_path / "my.pub"
+    key.write_bytes(bytes(pair.secret_key))
+    public.write_bytes(bytes(pair.public_key))
+
+    def verified(*options: str) -> tuple[str, dict[str, str | None]]:
+        assert 0 == main(["verify", str(bundle), *options])
+        words = " ".join(capsys.readouterr().out.split())
+        assert 0 == main(["verify", str(bundle), *options, "--json"])
+        return words, json.loads(capsys.readouterr().out)["signature"]
+
+    words, state = verified()
+    assert ("none", False) == (state["status"], "sign" in words)
+    assert 0 == main(["sign", str(bundle), "--key", str(key)])
+    assert (
+        f"{bundle}: signed, manifest.json.minisig and SHA256SUMS.minisig\n"
+        == capsys.readouterr().out
+    )
+    words, state = verified()
+    assert "not_checked" == state["status"]
+    assert "signed, not checked (pass --public-key)" in words
+    words, state = verified("--public-key", str(public))
+    assert "valid" == state["status"]
+    assert str(state["trusted_comment"]).endswith("\tfile:manifest.json\thashed")
+    assert "files intact; signature valid" in words
+    assert 0 == main(["sign", str(bundle), "--key", str(key), "--json"])
+    assert ["manifest.json.minisig", "SHA256SUMS.minisig"] == json.loads(capsys.readouterr().out)[
+        "signatures"
+    ]

@@ -26,6 +26,7 @@ from exporter.device import (
     open_runner,
     options_for,
     runners,
+    sign_bundle,
 )
 from exporter.device.kernel_cache import Startup
 from exporter.devices import DEVICES
@@ -399,6 +400,34 @@ def test_an_engine_is_built_for_this_gpu_into_the_bundle(
     for name in kept:
         assert before.manifest["files"][name] == again.manifest["files"][name]
     assert [tmp_path / "b"] == list(tmp_path.iterdir())
+
+
+def test_a_new_engine_ends_the_signature_and_renews_the_checksums(
+    tmp_path: Path, monkeypatch, backend: FakeBackend
+):
+    """What was signed is no more: no signature stays that a manifest of today would fail."""
+    monkeypatch.setattr(build, "device_target", lambda: "sm87")
+    bundle = publish(tmp_path / "b", engine=None)
+    before = bundle.checksums
+    signed = sign_bundle(bundle, lambda name, _content: name.encode())
+    assert files.UNLISTED <= {path.name for path in signed.path.iterdir()}
+
+    built = build_engine(signed)
+
+    assert before != built.checksums == (built.path / files.CHECKSUMS).read_text()
+    own = {*built.manifest["files"], *files.SIGNED}
+    assert own == {path.name for path in built.path.iterdir()}
+
+
+def test_checksums_that_mislead_fail_the_check(tmp_path: Path):
+    """They are not in the manifest, so they are compared with it; older bundles have none."""
+    bundle = publish(tmp_path / "b", engine=None)
+    path = bundle.path / files.CHECKSUMS
+    path.write_text(path.read_text().replace(files.REPORT, "other.html"))
+    with pytest.raises(GateFailedError, match=r"SHA256SUMS does not say what manifest\.json and"):
+        verify(bundle)
+    path.unlink()
+    assert "pass" == verify(bundle).verdict
 
 
 @pytest.mark.usefixtures("no_driver")

@@ -11,11 +11,13 @@ import venv
 from collections.abc import Callable
 from pathlib import Path
 
+import minisign
 import numpy as np
 import pytest
 from PIL import Image
 
 from exporter.bundle import Bundle
+from exporter.cli import main
 from exporter.engine.driver import driver_lack
 
 pytestmark = pytest.mark.slow
@@ -60,7 +62,7 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> Run:
         )
 
     listing = "from importlib.util import find_spec as f; print(*[m for m in {} if f(m)])".format(
-        ["torch", "onnx", "onnxsim", "tensorrt", "tensorrt_rtx", "sklearn"]
+        ["torch", "onnx", "onnxsim", "tensorrt", "tensorrt_rtx", "sklearn", "minisign", "cyclonedx"]
     )
     there = subprocess.run(
         [python, "-c", listing], check=True, capture_output=True, text=True, env=environment
@@ -114,6 +116,24 @@ def test_a_bf16_bundle_says_what_its_graph_needs_to_run(device: Run, bundles, da
     for command in (("evaluate", made, "--data", data), ("benchmark", made)):
         done = device(*command, "--backend", "onnxruntime")
         assert (3, f"repvgg-export: {needs}\n") == (done.returncode, done.stderr)
+
+
+def test_a_signed_bundle_is_verified_without_the_library_and_says_that_it_is_signed(
+    device: Run, bundle: Path, tmp_path: Path
+):
+    """The small environment has no cryptography: a check that was demanded is exit code 3."""
+    pair = minisign.KeyPair.generate()
+    (tmp_path / "my.key").write_bytes(bytes(pair.secret_key))
+    assert 0 == main(["sign", str(bundle), "--key", str(tmp_path / "my.key"), "--quiet"])
+    done = device("verify", bundle, "--json")
+    assert 0 == done.returncode, done.stderr
+    assert "not_checked" == json.loads(done.stdout)["signature"]["status"]
+    done = device("verify", bundle, "--public-key", pair.public_key.to_base64().decode())
+    assert (
+        3,
+        "repvgg-export: signatures need py-minisign: pip install 'repvgg-exporter[sign]'; or "
+        "check them by `minisign -Vm manifest.json -p KEY.pub` in the bundle\n",
+    ) == (done.returncode, done.stderr)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from exporter.device import options_for
 
 EVIDENCE = {
     "manifest.json", "model.onnx", "engine.json", "reference.npz", "parity.json", "junit.xml",
-    "report.html",
+    "report.html", "sbom.cdx.json", "SHA256SUMS",
 }  # fmt: skip
 BLOCKED = ("torch", "onnx", "onnxruntime", "onnxsim", "tensorrt", "tensorrt_rtx")
 REASON = (

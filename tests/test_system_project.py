@@ -96,6 +96,7 @@ def test_make_engine_hands_every_variable_to_the_command():
         "benchmark-paper",
         "engine-table",
         "docs",
+        "audit",
         "gpu-test",
     ],
 )

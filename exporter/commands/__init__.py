@@ -11,7 +11,15 @@ from typing import Protocol
 
 from exporter.errors import EnvironmentLackError
 
-EXPORT_LIBRARIES = ("torch", "onnx", "onnxruntime", "onnxsim", "safetensors")
+EXPORT_LIBRARIES = (
+    "torch",
+    "onnx",
+    "onnxruntime",
+    "onnxsim",
+    "safetensors",
+    "cyclonedx",
+    "packaging",
+)
 
 
 class AddCommand(Protocol):

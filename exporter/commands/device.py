@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from exporter.commands import AddCommand
+from exporter.commands.signing import signature_state
 from exporter.console import print_json, print_ledger, print_note, print_table, print_warning
 from exporter.errors import EXIT_DONE, GateFailedError, InputError
 from exporter.spec import choice
@@ -26,6 +27,8 @@ def add_commands(command: AddCommand) -> None:
     """Add the four commands; each one's ``run`` default executes it."""
     verify = command("verify", "check a bundle's files and figures")
     verify.add_argument("bundle", type=Path, help=_BUNDLE)
+    verify.add_argument("--public-key", metavar="KEY",
+        help="demand a signature by this minisign key: a file, or its text")  # fmt: skip
     _add_runtime_cache(verify)
     verify.set_defaults(run=_run_verify)
     _add_build(command("build", "build a bundle's engine, on the device it is for"))
@@ -92,14 +95,17 @@ def _run_verify(options: argparse.Namespace) -> int:
     from exporter.bundle import Bundle
     from exporter.verify import verify
 
+    signature = signature_state(options.bundle, options.public_key)
     bundle = Bundle.load(options.bundle)
     ledger = verify(
         bundle, runtime_cache=options.runtime_cache, say=lambda note: _say(note, options)
     )
     if options.json:
-        print_json({"bundle": str(bundle.path), "parity": ledger.to_json()})
+        content = {"bundle": str(bundle.path), "signature": signature.to_json()}
+        print_json({**content, "parity": ledger.to_json()})
     else:
-        print_ledger(ledger.to_json(), f"{bundle.path}: files intact")
+        words = "; ".join(filter(None, ["files intact", signature.words]))
+        print_ledger(ledger.to_json(), f"{bundle.path}: {words}")
     if ledger.verdict != "pass":
         failed = next(stage for stage in ledger.stages if stage.status == "fail")
         raise GateFailedError(f"bundle {bundle.path}: stage {failed.stage}: {failed.reason}")
@@ -110,8 +116,10 @@ def _run_build(options: argparse.Namespace) -> int:
     from exporter.bundle import ENGINE_SUMMARY, Bundle
     from exporter.commands.device_tables import engine_table
     from exporter.device import build_engine, options_for
+    from exporter.signature import is_signed
 
     bundle = Bundle.load(options.bundle)
+    was_signed = is_signed(bundle.path)
     names = (
         "dla", "timing_cache", "optimization_level", "version_compatible", "allow_emulated",
     )  # fmt: skip
@@ -125,6 +133,8 @@ def _run_build(options: argparse.Namespace) -> int:
             options=build_options,
             progress=lambda _phase, fraction: progress("engine", fraction),
         )
+    if was_signed:
+        _say("the bundle is no longer signed: `repvgg-export sign` signs it as it is now", options)
     engine = json.loads((built.path / ENGINE_SUMMARY).read_text("utf-8"))
     if options.json:
         print_json({"bundle": str(built.path), "engine": engine})

@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from exporter.commands import EXPORT_LIBRARIES, require_libraries
+from exporter.commands.signing import signer
 from exporter.console import (
     print_json,
     print_note,
@@ -38,12 +39,14 @@ def prepare_export() -> None:
 def run_engine(options: argparse.Namespace) -> int:
     """Export, and tell what was made."""
     spec = validate(_request(options))
+    sign = signer(options.sign)
     with progress_bars(quiet=options.quiet) as progress:
         prepare_export()
         from exporter import pipeline
         from exporter.stage_cache import open_cache
 
-        result = pipeline.run(spec, progress, cache=open_cache() if options.cached else None)
+        cache = open_cache() if options.cached else None
+        result = pipeline.run(spec, progress, cache=cache, signer=sign)
     for note in result.notes:
         print_note(f"note: {note}")
     if options.json:

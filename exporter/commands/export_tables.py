@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.markup import escape
 from rich.table import Table
 
-from exporter.bundle import ENGINE, ENGINE_SUMMARY, MANIFEST, MODEL, REPORT, Bundle
+from exporter.bundle import ENGINE, ENGINE_SUMMARY, MANIFEST, MODEL, REPORT, UNLISTED, Bundle
 
 _ROWS = {
     MODEL: "the plain float network",
@@ -18,10 +18,11 @@ _ROWS = {
 def made_table(bundle: Bundle) -> Table:
     """The files that people open, with their sizes; the rest in one row."""
     sizes = {name: entry["bytes"] for name, entry in bundle.manifest["files"].items()}
-    sizes[MANIFEST] = (bundle.path / MANIFEST).stat().st_size
+    own = [bundle.path / name for name in sorted(UNLISTED)]
+    sizes |= {path.name: path.stat().st_size for path in own if path.is_file()}
     graph = bundle.graph_path.name
-    own = {} if graph == MODEL else {graph: "the graph the engine is built from"}
-    rows = {MODEL: _ROWS[MODEL], **own, **_ROWS}
+    between = {} if graph == MODEL else {graph: "the graph the engine is built from"}
+    rows = {MODEL: _ROWS[MODEL], **between, **_ROWS}
     shown = [name for name in rows if name in sizes]
     table = Table(title=escape(f"{bundle.path}: {len(sizes)} files, {_size(sum(sizes.values()))}"))
     table.add_column("file")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ from exporter import bundle as files
 from exporter.bundle import Bundle
 from exporter.bundle_writer import BundleWriter
 from exporter.device.graph_census import read_census
+from exporter.device.republication import carry_over, require_own_files
 from exporter.device.runners import batch_profile, require_intact
 from exporter.devices import NO_ENGINE_YET, resolve_targets, target_text
 from exporter.engine import (
@@ -29,12 +28,11 @@ from exporter.engine import (
     require_half_scales,
 )
 from exporter.engine.runtime_modules import this_gpu
-from exporter.errors import InputError
 from exporter.profiles import SizeProfile
 from exporter.provenance import created, versions
 from exporter.spec import Precision
 
-_REPLACED = frozenset({files.ENGINE, files.ENGINE_SUMMARY, files.BUILD_LOG, files.MANIFEST})
+_REPLACED = frozenset({files.ENGINE, files.ENGINE_SUMMARY, files.BUILD_LOG})
 
 
 def silent(_phase: str, _fraction: float) -> None:
@@ -56,7 +54,8 @@ def build_engine(
     Without ``options`` those of the export hold: see :func:`options_for`.
     The engine must hold what its graph asks for, as at export. Its figures, the build log and the
     manifest are replaced with it, in one step; the ONNX graphs and the evidence of the export stay
-    as they are. Whatever fails, the bundle is left as it was.
+    as they are. Signatures are dropped, since what they sign is no more. Whatever fails, the bundle
+    is left as it was.
 
     Raises:
         GateFailedError: a file of the bundle is damaged, the builder refuses the network, or the
@@ -66,7 +65,7 @@ def build_engine(
         EnvironmentLackError: no backend is installed, or there is no GPU to build for.
     """
     require_intact(bundle)
-    _require_own_files(bundle)
+    require_own_files(bundle)
     precision = Precision(bundle.manifest["spec"]["precision"])
     options = options or options_for(bundle)
     wanted = target_text(resolve_targets(target)) or device_target()
@@ -80,23 +79,11 @@ def build_engine(
     built = builder.build(request, progress)
     _require_contents(bundle, built, request)
     with BundleWriter(bundle.path) as writer:
-        for name in bundle.manifest["files"]:
-            if name not in _REPLACED:
-                _carry_over(bundle.path / name, writer.path(name))
+        carry_over(bundle, writer, without=_REPLACED)
         writer.path(files.ENGINE).write_bytes(built.plan)
         writer.write_text(files.ENGINE_SUMMARY, files.dumps(built.summary.to_json()))
         writer.write_text(files.BUILD_LOG, built.build_log)
         return writer.publish(_manifest(bundle, built))
-
-
-def _require_own_files(bundle: Bundle) -> None:
-    own = {files.MANIFEST, *bundle.manifest["files"]}
-    strangers = sorted(path.name for path in bundle.path.iterdir() if path.name not in own)
-    if strangers:
-        raise InputError(
-            f"bundle {bundle.path} holds what is not its own ({', '.join(strangers[:3])}) and "
-            "would be lost; move it elsewhere"
-        )
 
 
 def options_for(
@@ -185,11 +172,3 @@ def _manifest(bundle: Bundle, built: BuiltEngine) -> dict[str, Any]:
         "targets": list(built.summary.targets),
         "engine_build": build,
     }
-
-
-def _carry_over(source: Path, destination: Path) -> None:
-    """The same file in the new folder: a link where the file system has them, else a copy."""
-    try:
-        os.link(source, destination)
-    except OSError:
-        shutil.copy2(source, destination)

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from exporter.bundle import MANIFEST
+from exporter.bundle import Bundle
 from exporter.bundle_writer import BundleWriter
 from exporter.cases import CaseResult, Status
 from exporter.errors import EnvironmentLackError, ExporterError
@@ -167,12 +167,10 @@ def _receive(out: Path, archive: bytes) -> None:
         if not (folder / _BUNDLE).exists():
             return
         with BundleWriter(out) as writer:
-            for path in (folder / _BUNDLE).iterdir():
-                shutil.move(path, writer.path(path.name))
-            manifest = json.loads(writer.path(MANIFEST).read_text("utf-8"))
-            writer.path(MANIFEST).unlink()
-            own = ("schema_version", "files")
-            writer.publish({key: value for key, value in manifest.items() if key not in own})
+            bundle = Bundle.load(folder / _BUNDLE)
+            for name in bundle.manifest["files"]:
+                shutil.move(bundle.path / name, writer.path(name))
+            writer.publish(bundle.manifest)
 
 
 def _failed(cell: Cell, exit_code: int, message: str) -> CaseResult:

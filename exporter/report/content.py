@@ -13,14 +13,14 @@ class ReportContent:
 
     A run that failed has no ``engine``, and of the manifest what went in; ``failure`` is its error,
     ``failed_in`` the stage that it ended in.
-    ``seconds`` is the time of each stage, ``files`` the bytes of each file of the bundle, and
-    ``pictures`` holds a data URI for the index of an image.
+    ``seconds`` is the time of each stage, None where it is not told, ``files`` the bytes of each
+    file of the bundle, and ``pictures`` holds a data URI for the index of an image.
     """
 
     manifest: Mapping[str, Any]
     parity: Mapping[str, Any]
     engine: Mapping[str, Any] | None = None
-    seconds: Mapping[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, float | None] = field(default_factory=dict)
     files: Mapping[str, int] = field(default_factory=dict)
     pictures: Mapping[int, str] = field(default_factory=dict)
     failure: str | None = None

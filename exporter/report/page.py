@@ -71,7 +71,7 @@ def html(content: ReportContent) -> str:
             sentence=sentence(content),
             tiles=tiles(content),
             stations=stations(parity, content.seconds, content.precision, content.failed_in),
-            seconds=content.seconds,
+            seconds={name: time for name, time in content.seconds.items() if time is not None},
             files=content.files,
             ladder=ladder(parity, content.precision),
             curve=half_curve(parity),

@@ -39,11 +39,13 @@ class Station:
 
 def stations(
     parity: Mapping[str, Any],
-    taken: Mapping[str, float],
+    taken: Mapping[str, float | None],
     precision: str,
     failed_in: str | None = None,
 ) -> tuple[Station, ...]:
-    """In the order of the run; a row that belongs to no timed stage is a station of its own.
+    """In the order of the run; a row that belongs to no stage of it is a station of its own.
+
+    ``taken`` names the stages that were reached, with the time of each where it is told.
 
     A stage that was never reached is not there; ``failed_in``, where a run ended, has no time.
     """
@@ -52,24 +54,29 @@ def stations(
     reached = {*taken, failed_in}
     owners |= dict.fromkeys([n for n in _MAKES_PRECISION if n in reached][-1:], precision)
     found = [
-        _station(name, rows.pop(owners.get(name, ""), None), time) for name, time in taken.items()
+        _station(name, rows.pop(owners.get(name, ""), None), time, reached=True)
+        for name, time in taken.items()
     ]
     # The run ends with publishing; what follows in the ledger stands before it.
     end = len(found) - 1 if found and found[-1].name == "publish" else len(found)
     names = {row: name for name, row in owners.items()}
-    extra = [_station(names.get(stage, stage), row, None) for stage, row in rows.items()]
+    extra = [
+        _station(names.get(stage, stage), row, None, reached=False) for stage, row in rows.items()
+    ]
     everything = (*found[:end], *extra, *found[end:])
     if failed_in is not None and failed_in not in {station.name for station in everything}:
         return (*everything, Station(name=failed_in, status="fail", figure="failed", taken=""))
     return everything
 
 
-def _station(name: str, row: Mapping[str, Any] | None, time: float | None) -> Station:
+def _station(
+    name: str, row: Mapping[str, Any] | None, time: float | None, *, reached: bool
+) -> Station:
     status = row["status"] if row else "done"
     figure = ""
     if row is not None:
         figure = decibel(row["sqnr_db"]) if row["sqnr_db"] is not None else _WORDS[status]
-        if name == "engine" and status == "not_run" and time is not None:
+        if name == "engine" and status == "not_run" and reached:
             figure = "built, not run"
     return Station(
         name=name, status=status, figure=figure, taken="" if time is None else seconds(time)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from exporter import cli, drafting, export, precision_stage
+from exporter import cli, export, float_graph, precision_stage
 from exporter.errors import GateFailedError
 from models import RepVGG, Variant
 
@@ -70,8 +70,8 @@ def test_a_weight_flipped_between_export_and_simplification_names_its_layer(
     failed: Failed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the error's sentence, at the top of the report and in the JSON; OUT does not exist."""
-    real = drafting.simplify
-    monkeypatch.setattr(drafting, "simplify", lambda *a: flipped(real(*a)))
+    real = float_graph.simplify
+    monkeypatch.setattr(float_graph, "simplify", lambda *a: flipped(real(*a)))
     error, folder = failed(precision="fp32")
     assert f"; the first layer that deviates is {LAYER_9}: its own error is " in str(error)
     assert str(error).startswith("parity failed at stage simplified: largest difference is ")
@@ -91,8 +91,8 @@ def test_a_weight_flipped_in_the_export_names_its_module(
     failed: Failed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last good stage is the torch network: its modules are what the graph is held against."""
-    real = drafting.export_onnx
-    monkeypatch.setattr(drafting, "export_onnx", lambda *a, **k: flipped(real(*a, **k)))
+    real = float_graph.export_onnx
+    monkeypatch.setattr(float_graph, "export_onnx", lambda *a, **k: flipped(real(*a, **k)))
     error, _ = failed(precision="fp32")
     assert str(error).startswith("parity failed at stage onnx: largest difference is ")
     assert f"; the first layer that deviates is {LAYER_9.removesuffix('.conv')}: " in str(error)

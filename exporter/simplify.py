@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -20,10 +18,16 @@ import onnx
 from exporter.errors import EnvironmentLackError, GateFailedError
 from exporter.localization import GraphPair, localize
 from exporter.onnx_runner import Batch, FloatArray, OnnxRunner
+from exporter.private_folder import scratch_folder
 
-# The current directory is taken off the path, because its files could shadow the libraries.
+# The current directory is taken off the path, because its files could shadow the libraries. The
+# process ends with its parent, also where that is killed; if it was killed before the kernel was
+# told so, nobody reads the line.
 _PROGRAM = """
-import sys
+import ctypes, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    print("started", flush=True)
 sys.path = [folder for folder in sys.path if folder]
 import onnx, onnxsim
 model, ok = onnxsim.simplify(onnx.load(sys.argv[1]), check_n=0)
@@ -53,8 +57,8 @@ def simplify(
         EnvironmentLackError: if the simplifier is missing, crashes or does not end in time.
         GateFailedError: if its result is no valid graph or computes something else.
     """
-    with tempfile.TemporaryDirectory(prefix="repvgg-simplify-") as folder:
-        source, target = Path(folder, "in.onnx"), Path(folder, "out.onnx")
+    with scratch_folder("simplify") as folder:
+        source, target = folder / "in.onnx", folder / "out.onnx"
         onnx.save(model, source)
         _run([*command, str(source), str(target)], timeout_s)
         if not target.is_file():

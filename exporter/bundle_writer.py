@@ -66,8 +66,8 @@ class BundleWriter:
         return self._staging / NEW / name
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a UTF-8 file."""
-        self.path(name).write_text(text, encoding="utf-8")
+        """Write a UTF-8 file; paths that are no text are escaped."""
+        self.path(name).write_text(text, encoding="utf-8", errors="backslashreplace")
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each file that has been written, by name."""

@@ -94,7 +94,7 @@ def _write(
     with private_folder(spec.out) as folder:
         told = dumps(_for_programs(document, parity, str(error), clock.running))
         for path, text in ((page, report.html(content)), (figures, told)):
-            (folder / path.name).write_text(text, encoding="utf-8")
+            (folder / path.name).write_text(text, "utf-8", "backslashreplace")
         for path in (page, figures):
             (folder / path.name).replace(path)
     return page

@@ -2,16 +2,18 @@
 
     python benchmarks/kill.py --kills 400
 
-After each kill OUT must be a whole bundle, the old one or the new one, or absent where it was
-absent; beside it and in the system's temporary folder lies at most one folder, and no program that
-the export had started is alive. After the next run that is left alone nothing lies there at all.
+After each kill OUT must be a whole bundle, the old one or the new one, or absent; absent only where
+it was absent or the system cannot swap two names. Beside it and in the system's temporary folder
+lies at most one folder, and no program that the export had started is alive. After the next run
+that is left alone nothing lies there at all, and OUT is no longer absent if it had not been before.
 
 Kills are spread over phases. ``whole run`` is any moment from start to end; ``simplify`` and
 ``engine`` are moments at which another program works; ``publish`` is the writing of the last files
-and the replacement of OUT; ``file step`` comes exactly at the n-th file operation from there on,
-for every n in turn. Each export is a forked process that has imported everything before; a small
-network takes the whole road, with the real onnxsim and engine builder. Every second run of a phase
-has no system call that swaps two names, as on a network file system.
+and the replacement of OUT. Each of these exports is a forked process that has imported everything
+before; a small network takes the road with the real engine builder, and with the real onnxsim, most
+of whose time is its start, in ``simplify`` and every fourth ``whole run``. Then ``file step`` kills
+the writing of a bundle, without an export, at its first file operation, its second, and so on to
+its last. Every second run has no system call that swaps two names, as on a network file system.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ import json
 import os
 import random
 import select
+import shutil
 import signal
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -31,33 +33,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
+from kill_child import FILE_STEP, Run, in_child, write_bundle
 
-from exporter import export, pipeline, replacing
 from exporter.bundle import MANIFEST, Bundle
-from models import RepVGG, Variant
+from exporter.bundle_writer import BundleWriter
 
-SHARES = {"whole run": 0.4, "simplify": 0.1, "engine": 0.1, "publish": 0.2, "file step": 0.2}
-"""Of all kills."""
-_STEPS = frozenset({"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod",
-                    "os.listdir", "shutil.rmtree", "tempfile.mkdtemp", "ctypes.dlsym"})  # fmt: skip
-"""Audit events at which `file step` kills; ``ctypes.dlsym`` stands before the swap."""
+SHARES = {"whole run": 0.5, "simplify": 0.05, "engine": 0.2, "publish": 0.25}
+"""Of the kills of exports."""
 _ORPHAN_WAIT_S = 5.0
 _OF_ONNXRUNTIME = (".ses", ".cache")
 """Two that it makes on its first start, with or without us, and keeps."""
 _GROUP_SHARE = 0.25
 """Of the kills reach the programs that the export has started, too."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """One export to be killed: ``after`` is seconds into the phase, or a number of steps."""
-
-    phase: str
-    after: float
-    swap: bool
-    group: bool
+_ALONE_EVERY = 25
 
 
 @dataclass(slots=True)
@@ -114,72 +102,13 @@ class Place:
         return str((self.out / MANIFEST).stat().st_ino)
 
 
-def network() -> RepVGG:
-    """Eleven convolutions of 16 to 64 channels."""
-    torch.manual_seed(0)
-    variant = Variant(
-        name="small", num_blocks=(2, 3, 4, 1), width_multiplier=(0.25, 0.25, 0.25, 0.125)
-    )
-    return RepVGG(variant, num_classes=6).eval()
-
-
-IMAGES = np.random.default_rng(0).normal(size=(16, 3, 32, 32)).astype(np.float32)
-
-
-def export_in_child(run: Run | None, place: Place, told: int) -> None:
-    """Never returns. Stages are told through the descriptor ``told``, one line each."""
-    os.setsid()
-    os.environ["HOME"] = str(place.home)
-    os.environ["TMPDIR"] = tempfile.tempdir = str(place.temporary)
-    silence = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, 1)
-    os.dup2(silence, 2)
-    if run is not None and not run.swap:
-        replacing.exchange = lambda _first, _second: False
-    real = pipeline.run
-
-    def told_run(spec: Any, *_progress: Any, **options: Any) -> Any:
-        def tell(stage: str, fraction: float) -> None:
-            if fraction == 0.0:
-                os.write(told, f"{stage}\n".encode())
-                if stage == "publish" and run is not None and run.phase == "file step":
-                    die_at_step(int(run.after))
-
-        return real(spec, tell, **options)
-
-    pipeline.run = told_run
-    code = 1
-    try:
-        torch.set_num_threads(1)
-        export(
-            network(), example_input=torch.zeros(1, 3, 32, 32), evaluation=IMAGES,
-            precision="fp16", targets="sm86", out=place.out,
-        )  # fmt: skip
-        code = 0
-    finally:
-        os._exit(code)
-
-
-def die_at_step(number: int) -> None:
-    """End this process by SIGKILL at its ``number``-th file operation from now on."""
-    left = [number]
-
-    def count(event: str, _arguments: tuple[Any, ...]) -> None:
-        if event in _STEPS:
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(count)
-
-
-def started(run: Run | None, place: Place) -> tuple[int, int]:
+def started(run: Run, place: Place) -> tuple[int, int]:
     """The process and the descriptor on which it tells its stages."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
         os.close(reading)
-        export_in_child(run, place, writing)
+        in_child(run, place.out, place.temporary, place.home, writing)
     os.close(writing)
     return pid, reading
 
@@ -209,51 +138,55 @@ def session(pid: int) -> list[int]:
     return found
 
 
-def measured(place: Place) -> dict[str, float]:
+def measured(place: Place, *, simplifier: bool = True) -> dict[str, float]:
     """Seconds of a run that is left alone: of the whole, and of each stage."""
     start = time.monotonic()
-    pid, reading = started(None, place)
+    pid, reading = started(Run(phase="none", after=0, simplifier=simplifier), place)
     began = {stage: time.monotonic() for stage in stages_of(reading, start + 300)}
     os.close(reading)
     _, status = os.waitpid(pid, 0)
     if status != 0:
         raise SystemExit("the export that is left alone fails")
     moments = [*began.values(), time.monotonic()]
-    seconds = {
-        stage: end - begin for (stage, begin), end in zip(began.items(), moments[1:], strict=True)
-    }
+    pairs = zip(began.items(), moments[1:], strict=True)
+    seconds = {stage: end - begin for (stage, begin), end in pairs}
     return {**seconds, "whole run": moments[-1] - start}
 
 
-def kill(run: Run, place: Place, tally: Tally) -> bool:
+def killed(run: Run, place: Place, tally: Tally) -> bool:
     """Start, wait for the moment, kill, wait; false if the run had ended before."""
     pid, reading = started(run, place)
     if run.phase == "whole run":
         time.sleep(run.after)
-    else:
+    elif run.phase != FILE_STEP:
         for stage in stages_of(reading, time.monotonic() + 300):
             if stage == run.phase:
                 time.sleep(run.after)
                 break
-    if run.phase != "file step":
+    if run.phase != FILE_STEP:
         # Not waited for yet, so the number is still its own.
         tally.programs_running += bool(session(pid))
         (os.killpg if run.group and os.getpgid(pid) == pid else os.kill)(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
     os.close(reading)
+    require_no_orphans(run, pid, tally)
+    return os.WIFSIGNALED(status)
+
+
+def require_no_orphans(run: Run, pid: int, tally: Tally) -> None:
+    """What the killed process had started ends by itself."""
     until = time.monotonic() + _ORPHAN_WAIT_S
     while orphans := session(pid):
         if time.monotonic() > until:
             tally.failures.append(f"{run}: {len(orphans)} programs work on")
             for orphan in orphans:
                 os.kill(orphan, signal.SIGKILL)
-            break
+            return
         time.sleep(0.02)
-    return os.WIFSIGNALED(status)
 
 
 def check(run: Run, place: Place, before: str, tally: Tally) -> None:
-    """Hold what is there against the promises."""
+    """Hold what is there against the promises, now and after the start of the next run."""
     state, litter = place.state(), place.litter()
     kind = "absent" if state == "absent" else "old whole" if state == before else "new whole"
     if state.startswith("damaged"):
@@ -265,50 +198,76 @@ def check(run: Run, place: Place, before: str, tally: Tally) -> None:
     tally.folders_left += len(litter)
     if len(litter) > 1 or not all(path.is_dir() for path in litter):
         tally.failures.append(f"{run}: left {[path.name for path in litter]}")
+    with BundleWriter(place.out):
+        pass
+    after = place.state()
+    tally.put_back += after != state
+    if after not in (state, before) or (before != "absent" and after == "absent"):
+        tally.failures.append(f"{run}: {before}, {state}, and after the next run {after}")
+    if place.litter():
+        tally.failures.append(f"{run}: the next run leaves {place.litter()}")
 
 
-def runs(phase: str, count: int, seconds: float, dice: random.Random) -> Iterator[Run]:
-    """``count`` runs of one phase; every second one has no swap."""
-    for number in range(count):
-        after = float(number // 2 + 1) if phase == "file step" else dice.uniform(0, seconds)
-        yield Run(
-            phase=phase, after=after, swap=number % 2 == 0, group=dice.random() < _GROUP_SHARE
-        )
+def one(run: Run, place: Place, tally: Tally) -> bool:
+    """Kill one run and check; false if it had ended before."""
+    if run.fresh:
+        shutil.rmtree(place.out, ignore_errors=True)
+    elif not place.out.exists():
+        write_bundle(place.out)
+    before = place.state()
+    if not killed(run, place, tally):
+        tally.finished_before += 1
+        return False
+    tally.kills[run.phase] += 1
+    check(run, place, before, tally)
+    return True
 
 
-def campaign(kills: int, seed: int, *, alone_every: int = 25) -> dict[str, Any]:
-    """Kill ``kills`` exports or a few fewer, and return what was found."""
+def exports(
+    kills: int, slow: dict[str, float], quick: dict[str, float], dice: random.Random
+) -> list[Run]:
+    """The runs of `SHARES`, in a random order."""
+    planned = []
+    for phase, share in SHARES.items():
+        for number in range(round(kills * share)):
+            simplifier = phase == "simplify" or (phase == "whole run" and number % 4 == 0)
+            seconds = (slow if simplifier else quick)[phase]
+            planned.append(Run(
+                phase=phase, after=dice.uniform(0, seconds), swap=number % 2 == 0,
+                group=dice.random() < _GROUP_SHARE, simplifier=simplifier,
+                fresh=dice.random() < 0.3,
+            ))  # fmt: skip
+    dice.shuffle(planned)
+    return planned
+
+
+def campaign(kills: int, seed: int) -> dict[str, Any]:
+    """Kill about ``kills`` exports and the writing at every step; what was found."""
     dice, tally = random.Random(seed), Tally()
     with tempfile.TemporaryDirectory(prefix="kill-") as name:
         place = Place(Path(name))
         measured(place)
-        seconds = measured(place)
-        planned = [
-            run
-            for phase, share in SHARES.items()
-            for run in runs(phase, round(kills * share), seconds.get(phase, 0.0), dice)
-        ]
-        dice.shuffle(planned)
-        for number, run in enumerate(planned, start=1):
-            before = place.state()
-            if kill(run, place, tally):
-                tally.kills[run.phase] += 1
-                check(run, place, before, tally)
-            else:
-                tally.finished_before += 1
-            if number % alone_every == 0 or number == len(planned):
-                absent = place.state() == "absent" and before != "absent"
-                measured(place)
-                tally.put_back += absent
+        slow, quick = measured(place), measured(place, simplifier=False)
+        for number, run in enumerate(exports(kills, slow, quick, dice)):
+            one(run, place, tally)
+            if number % _ALONE_EVERY == 0:
+                measured(place, simplifier=False)
                 if place.litter() or place.state().startswith("damaged"):
                     tally.failures.append(f"after a whole run: {place.state()}, {place.litter()}")
-    rounded = {stage: round(value, 2) for stage, value in seconds.items()}
+        ended = tally.finished_before
+        for swap in (True, False):
+            for fresh in (True, False):
+                step = 1
+                while one(Run(phase=FILE_STEP, after=step, swap=swap, fresh=fresh), place, tally):
+                    step += 1
+        tally.finished_before = ended
+    rounded = {stage: round(value, 2) for stage, value in slow.items()}
     return {"seed": seed, "seconds_of_a_run": rounded, **tally.to_json()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=400)
+    parser.add_argument("--kills", type=int, default=400, help="of exports (default: 400)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, help="write the JSON here, too")
     args = parser.parse_args()

@@ -17,10 +17,10 @@ from typing import Any
 
 from exporter.bundle import MANIFEST, SCHEMA_VERSION, Bundle, dumps, file_sha256
 from exporter.errors import InputError
-from exporter.private_folder import NEW, OLD, private_folder, remove_dead
+from exporter.private_folder import FULL, NEW, OLD, private_folder, remove_dead
 from exporter.replacing import put_in_place, sync_folder
 
-_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_UNWRITABLE = (*FULL, errno.EROFS)
 
 
 class BundleWriter:

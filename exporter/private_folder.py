@@ -13,6 +13,7 @@ two steps; and ``scratch``, the folders of other programs that the run starts.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -23,6 +24,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""No space left, quota exceeded, file larger than allowed. A program of ours that cannot write its
+result into its scratch folder ends with such a number as its exit code: where the disk is full no
+words can be left either."""
 NEW = "new"
 OLD = "old"
 _SCRATCH = "scratch"
@@ -69,6 +74,16 @@ def scratch_folder(purpose: str) -> Iterator[Path]:
     parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{purpose}-", dir=parent) as name:
         yield Path(name)
+
+
+def require_space(exit_code: int, folder: Path) -> None:
+    """Return unless the program that worked in ``folder`` ended with a number of `FULL`.
+
+    Raises:
+        OSError: with that number.
+    """
+    if exit_code in FULL:
+        raise OSError(exit_code, os.strerror(exit_code), str(folder))
 
 
 def remove_dead(destination: Path) -> None:

@@ -329,6 +329,13 @@ def test_a_full_disk_in_the_block_is_named(tmp_path: Path) -> None:
     assert [] == list(tmp_path.iterdir())
 
 
+def test_paths_that_are_no_text_are_escaped(tmp_path: Path) -> None:
+    """The page names the checkpoint, whatever its name; JSON escapes it anyway."""
+    with BundleWriter(tmp_path / "und\udcff") as writer:
+        writer.write_text("page", "from und\udcff, ü")
+        assert "from und\\udcff, ü" == writer.path("page").read_text("utf-8")
+
+
 def test_a_folder_that_vanishes_is_named(tmp_path: Path) -> None:
     """Somebody removes the folder of OUT while the files are made."""
 

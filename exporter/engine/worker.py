@@ -32,6 +32,7 @@ from exporter.engine.protocol import Result, Status
 from exporter.engine.refusal import BadInputError, RefusedError
 from exporter.engine.summary import EngineTyping
 from exporter.engine.tensorrt_names import IHostMemory, ILogger
+from exporter.private_folder import FULL
 
 _PARSED = 0.05
 _BUILT = 0.97
@@ -148,7 +149,7 @@ def _private_stdout() -> TextIO:
 def main(arguments: list[str]) -> int:
     """Build with library ``arguments[0]`` what the folder ``arguments[1]`` asks for.
 
-    Returns 0 if a result was left there.
+    Returns 0 if a result was left there, and one of `FULL` where there is no space for it.
     """
     library, folder = arguments[0], Path(arguments[1])
     with _private_stdout() as stream:
@@ -158,7 +159,12 @@ def main(arguments: list[str]) -> int:
         printer.say("Starting", 0.0)
         if printer.abandoned:
             return 1
-        _run(library, folder, printer).write(folder)
+        try:
+            _run(library, folder, printer).write(folder)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            return error.errno
     return 0
 
 

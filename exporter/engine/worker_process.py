@@ -22,7 +22,7 @@ from exporter.engine.backend import BuildRequest, ProgressCallback
 from exporter.engine.protocol import Result, Status
 from exporter.engine.summary import EngineTyping
 from exporter.errors import EnvironmentLackError, GateFailedError, InputError
-from exporter.private_folder import scratch_folder
+from exporter.private_folder import require_space, scratch_folder
 
 WORKER: tuple[str, ...] = (sys.executable, "-m", "exporter.engine.worker")
 """To be followed by the name of the library to build with."""
@@ -61,6 +61,7 @@ def run_worker(
     process has ended and the folder is gone; an interrupt or an error of ``progress`` is passed on.
 
     Raises:
+        OSError: the disk is full.
         InputError: the request does not fit the model.
         GateFailedError: the builder refuses the network, in its own words.
         EnvironmentLackError: the worker crashed, ran out of time, or left nothing usable.
@@ -73,6 +74,7 @@ def run_worker(
         result = Result.read(folder)
         if result is None:
             code = worker.process.returncode
+            require_space(code, folder)
             raise EnvironmentLackError(_crash_sentence(code, phase, folder))
         return _accept(result, folder)
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,15 @@ def test_what_goes_in_may_have_any_name(tmp_path, environment):
     assert 1 == failed.returncode, failed.stderr
     assert "und\\udcff\\udce9cod.failed.html" in failed.stderr.decode()
     assert (tmp_path / os.fsdecode(NO_TEXT + b".failed.html")).is_file()
+
+
+@pytest.mark.slow
+def test_two_exports_into_one_out_leave_one_whole_bundle(tmp_path):
+    """Both run to their end; whoever publishes last has the place."""
+    with ThreadPoolExecutor(2) as pool:
+        done = list(pool.map(lambda _: engine(tmp_path, "--out", "out"), range(2)))
+    assert [0, 0] == [each.returncode for each in done], [each.stderr for each in done]
+    require_whole(os.fsencode(tmp_path / "out"))
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,19 @@ def test_two_exports_into_one_out_leave_one_whole_bundle(tmp_path):
     require_whole(os.fsencode(tmp_path / "out"))
 
 
+@pytest.mark.parametrize("environment", [{}, ASCII], ids=["UTF-8", "ASCII"])
+def test_a_terminal_that_lacks_letters_gets_escapes(tmp_path, environment):
+    """A table that names a file of any name is printed, not a traceback."""
+    name = os.path.join(os.fsencode(tmp_path), NO_TEXT + b".safetensors")  # noqa: PTH118 - bytes
+    shutil.copy(os.fsencode(bundled_weights("A0").checkpoint), name)
+    done = subprocess.run(
+        [sys.executable, "-m", "exporter", "inspect", NO_TEXT + b".safetensors"],
+        cwd=tmp_path, env={**os.environ, **environment}, capture_output=True, check=False,
+    )  # fmt: skip
+    assert (0, b"") == (done.returncode, done.stderr)
+    assert b"und\\udcff\\udce9cod.safetensors" in done.stdout
+
+
 @pytest.mark.parametrize(
     "name", ["two words", "it's", "a'b' \"c\" $$HOME `id` ; ünï ☃ & *", "-dash", "back\\slash"]
 )

@@ -78,7 +78,7 @@ def test_out_may_have_any_name(tmp_path, name, environment):
         env={**os.environ, **environment}, capture_output=True, check=False,
     )  # fmt: skip
     assert 0 == checked.returncode, checked.stderr
-    assert os.fsdecode(out) == json.loads(checked.stdout)["bundle"]
+    assert out == os.fsencode(json.loads(checked.stdout)["bundle"])
 
 
 @pytest.mark.slow

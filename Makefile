@@ -18,12 +18,14 @@ CONFIG ?= parity.toml
 BASELINE ?= parity-baseline.json
 BUNDLE = $(or $(OUT),build/$(MODEL)-$(PRECISION))
 
-option = $(if $(2),$(1) '$(2)')
-ENGINE = $(BIN)/repvgg-export engine '$(MODEL)' --precision '$(PRECISION)' \
+# One word of the shell, whatever is in it.
+quoted = '$(subst ','\'',$(1))'
+option = $(if $(2),$(1) $(call quoted,$(2)))
+ENGINE = $(BIN)/repvgg-export engine $(call quoted,$(MODEL)) --precision $(call quoted,$(PRECISION)) \
 	$(call option,--weights,$(WEIGHTS)) $(call option,--calib,$(CALIB)) \
 	$(call option,--target,$(TARGET)) $(call option,--backend,$(BACKEND)) \
 	$(call option,--batch,$(BATCH)) $(call option,--image-size,$(IMAGE_SIZE)) \
-	--out '$(BUNDLE)' $(ARGS)
+	--out $(call quoted,$(BUNDLE)) $(ARGS)
 
 .PHONY: engine parity test test-slow lint format benchmark benchmark-paper engine-table docs audit gpu-test clean
 
@@ -36,10 +38,10 @@ ONE_BUNDLE := $(filter command environment,$(foreach name,MODEL PRECISION WEIGHT
 	BACKEND BATCH IMAGE_SIZE OUT ARGS,$(origin $(name))))
 ifneq ($(ONE_BUNDLE),)
 parity: engine
-	@$(BIN)/repvgg-export verify '$(BUNDLE)'
+	@$(BIN)/repvgg-export verify $(call quoted,$(BUNDLE))
 else
 parity: $(READY)
-	@$(BIN)/repvgg-export parity '$(CONFIG)' $(call option,--baseline,$(BASELINE))
+	@$(BIN)/repvgg-export parity $(call quoted,$(CONFIG)) $(call option,--baseline,$(BASELINE))
 endif
 
 test: $(READY)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from exporter.bundle import file_sha256
@@ -182,8 +182,10 @@ def _write(tensors: Mapping[str, Tensor], out: Path, force: bool) -> None:
     try:
         with _staging(out) as staging:
             stored = {name: _stored(tensor) for name, tensor in tensors.items()}
-            save_file(stored, staging, metadata={"format": "pt"})
-            with staging.open("rb") as file:
+            # By its bytes: the library does not take every name that a file can have.
+            with staging.open("wb") as file:
+                file.write(save(stored, metadata={"format": "pt"}))
+                file.flush()
                 os.fsync(file.fileno())
             _require_writable(out, force)
             staging.replace(out)

@@ -8,7 +8,6 @@ for the same OUT begins by removing both, so that they always belong to the last
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from exporter.clock import StageClock
 from exporter.draft import Draft
 from exporter.errors import GateFailedError, InputError
 from exporter.ledger import Ledger
+from exporter.private_folder import private_folder, remove_dead
 from exporter.publication import head
 from exporter.report import ReportContent
 from exporter.spec import ExportSpec
@@ -69,6 +69,7 @@ def told_if_failed(spec: ExportSpec, clock: StageClock, out: Path) -> Iterator[S
     written, or whose images have vanished, changes nothing but that.
     """
     scene = Scene()
+    remove_dead(out)
     for path in failure_paths(out):
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
@@ -104,8 +105,12 @@ def _write(
         failed_in=clock.running,
     )
     page.parent.mkdir(parents=True, exist_ok=True)
-    _replace(page, report.html(content))
-    _replace(figures, dumps(_for_programs(document, parity, str(error), clock.running)))
+    with private_folder(out) as folder:
+        programs = dumps(_for_programs(document, parity, str(error), clock.running))
+        for path, text in ((page, report.html(content)), (figures, programs)):
+            (folder / path.name).write_text(text, "utf-8", "backslashreplace")
+        for path in (page, figures):
+            (folder / path.name).replace(path)
     return page
 
 
@@ -113,18 +118,3 @@ def _for_programs(
     document: Mapping[str, Any], parity: Mapping[str, Any], error: str, failed_in: str | None
 ) -> dict[str, Any]:
     return {"error": error, "failed_in": failed_in, "parity": parity, "inputs": document}
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write ``path`` whole or not at all."""
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as file:
-        file.write(text)
-    temporary = Path(file.name)
-    try:
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from exporter.errors import EnvironmentLackError, GateFailedError
+from models.file_names import is_text
 
 if TYPE_CHECKING:
     import onnx
@@ -48,7 +49,10 @@ class OnnxRunner:
         options.intra_op_num_threads = threads or _threads_of_the_environment()
         if not optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        source = str(model) if isinstance(model, Path) else model.SerializeToString()
+        if isinstance(model, Path):
+            source = str(model) if is_text(model) else model.read_bytes()
+        else:
+            source = model.SerializeToString()
         try:
             self._session = ort.InferenceSession(
                 source,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,16 +19,25 @@ import onnx
 from exporter.errors import EnvironmentLackError, GateFailedError
 from exporter.localization import GraphPair, localize
 from exporter.onnx_runner import Batch, FloatArray, OnnxRunner
+from exporter.private_folder import require_space, scratch_folder
 
-# The current directory is taken off the path, because its files could shadow the libraries.
+# The current directory is taken off the path, because its files could shadow the libraries. The
+# process ends with its parent, also where that is killed; if it was killed before the kernel was
+# told so, nobody reads the line.
 _PROGRAM = """
-import sys
+import ctypes, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    print("started", flush=True)
 sys.path = [folder for folder in sys.path if folder]
 import onnx, onnxsim
 model, ok = onnxsim.simplify(onnx.load(sys.argv[1]), check_n=0)
 if not ok:
     sys.exit("onnxsim reports that its result differs from its input")
-onnx.save(model, sys.argv[2])
+try:
+    onnx.save(model, sys.argv[2])
+except OSError as error:
+    sys.exit(error.errno)
 """
 SIMPLIFIER = (sys.executable, "-c", _PROGRAM)
 MAX_RELATIVE_ERROR = 1e-4
@@ -50,13 +58,14 @@ def simplify(
     second.
 
     Raises:
+        OSError: if the disk is full.
         EnvironmentLackError: if the simplifier is missing, crashes or does not end in time.
         GateFailedError: if its result is no valid graph or computes something else.
     """
-    with tempfile.TemporaryDirectory(prefix="repvgg-simplify-") as folder:
-        source, target = Path(folder, "in.onnx"), Path(folder, "out.onnx")
+    with scratch_folder("simplify") as folder:
+        source, target = folder / "in.onnx", folder / "out.onnx"
         onnx.save(model, source)
-        _run([*command, str(source), str(target)], timeout_s)
+        _run([*command, str(source), str(target)], timeout_s, folder)
         if not target.is_file():
             raise GateFailedError("onnxsim ended without an error and without writing a graph")
         try:
@@ -74,7 +83,7 @@ def simplify(
     return simplified
 
 
-def _run(command: Sequence[str], timeout_s: float) -> None:
+def _run(command: Sequence[str], timeout_s: float, folder: Path) -> None:
     try:
         done = subprocess.run(
             command,
@@ -90,6 +99,7 @@ def _run(command: Sequence[str], timeout_s: float) -> None:
         ) from error
     except OSError as error:
         raise EnvironmentLackError(f"onnxsim cannot be started: {error}") from error
+    require_space(done.returncode, folder)
     if done.returncode < 0:
         raise EnvironmentLackError(f"onnxsim crashed with signal {-done.returncode}")
     if done.returncode > 0:

@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from models.file_names import is_text
+
 WRAPPERS = ("state_dict", "model_state_dict", "model", "ema", "model_ema", "module")
 """In the order of preference, where a file has several."""
 PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.")
@@ -164,10 +166,10 @@ def _is_safetensors(path: Path) -> bool:
 
 def _read_safetensors(path: Path) -> Mapping[str, Tensor]:
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load, load_file
 
     try:
-        return load_file(path)
+        return load_file(path) if is_text(path) else load(path.read_bytes())
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"checkpoint {path} is damaged, truncated or not a safetensors file ({error})"

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import numpy as np
 import onnx
 import pytest
 
-from exporter import bundle_writer
+from exporter import bundle_writer, replacing
 from exporter.bundle import (
     CHECKSUMS,
     MANIFEST,
@@ -255,6 +256,14 @@ class Saboteur:
         return call
 
 
+@pytest.fixture(params=["one step", "two steps"])
+def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With and without a system call that swaps two names."""
+    if request.param == "two steps":
+        monkeypatch.setattr(replacing, "exchange", lambda _first, _second: False)
+
+
+@pytest.mark.usefixtures("_way")
 @pytest.mark.parametrize("before", ["absent", "old"])
 @pytest.mark.parametrize(
     ("error", "surfaces"),
@@ -294,9 +303,9 @@ def test_a_failure_at_any_step_leaves_what_was_there(
             break
         assert before == state(out), step
         assert ([out] if before == "old" else []) == list(root.iterdir()), step
-    # mkdtemp, chmod, 3 texts, 4 hashes, 2 reads, 5 fsyncs and a rename, at the least.
+    # mkdtemp, mkdir, chmod, 3 texts, 4 hashes, 2 reads and 7 fsyncs, at the least.
     assert saboteur.calls < step
-    assert step > 15
+    assert step > 19
     assert "new" == state(out)
     assert [out] == list(out.parent.iterdir())
 
@@ -320,6 +329,71 @@ def test_a_full_disk_in_the_block_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=expected), BundleWriter(tmp_path / "out"):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert [] == list(tmp_path.iterdir())
+
+
+def test_paths_that_are_no_text_are_escaped(tmp_path: Path) -> None:
+    """The page names the checkpoint, whatever its name; JSON escapes it anyway."""
+    with BundleWriter(tmp_path / "und\udcff") as writer:
+        writer.write_text("page", "from und\udcff, ü")
+        assert "from und\\udcff, ü" == writer.path("page").read_text("utf-8")
+
+
+def test_a_folder_that_vanishes_is_named(tmp_path: Path) -> None:
+    """Somebody removes the folder of OUT while the files are made."""
+
+    def vanishes() -> None:
+        with BundleWriter(tmp_path / "deep" / "out") as writer:
+            shutil.rmtree(tmp_path / "deep")
+            writer.write_text("mark.txt", "new")
+
+    expected = r"OUT .*/deep/out cannot be written: its folder vanished during the run$"
+    with pytest.raises(InputError, match=expected):
+        vanishes()
+    assert [] == list(tmp_path.iterdir())
+
+
+def test_a_folder_that_vanishes_before_publishing_is_named(tmp_path: Path) -> None:
+    """Then it is the publication that fails."""
+
+    def vanishes() -> None:
+        with BundleWriter(tmp_path / "deep" / "out") as writer:
+            fill(writer, "new")
+            shutil.rmtree(tmp_path / "deep")
+            writer.publish(manifest())
+
+    expected = r"OUT .*/deep/out cannot be written: No such file or directory$"
+    with pytest.raises(InputError, match=expected):
+        vanishes()
+    assert [] == list(tmp_path.iterdir())
+
+
+def test_what_appears_at_out_during_the_run_is_kept(tmp_path: Path) -> None:
+    """An export takes minutes; files that somebody put there meanwhile are not the writer's."""
+
+    def surprised() -> None:
+        with BundleWriter(tmp_path / "out") as writer:
+            fill(writer, "new")
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "thesis.tex").write_text("mine")
+            writer.publish(manifest())
+
+    with pytest.raises(InputError, match="exists and is no bundle"):
+        surprised()
+    assert "mine" == (tmp_path / "out" / "thesis.tex").read_text()
+    assert [tmp_path / "out"] == list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("_way")
+def test_of_two_writers_the_last_to_publish_wins(tmp_path: Path) -> None:
+    """Neither disturbs the other, whichever began first."""
+    with BundleWriter(tmp_path / "out") as first, BundleWriter(tmp_path / "out") as second:
+        fill(first, "first")
+        fill(second, "second")
+        second.publish(manifest())
+        assert "second" == state(tmp_path / "out")
+        first.publish(manifest())
+    assert "first" == state(tmp_path / "out")
+    assert [tmp_path / "out"] == list(tmp_path.iterdir())
 
 
 def test_other_errors_in_the_block_pass_unchanged(tmp_path: Path) -> None:
@@ -346,9 +420,21 @@ def test_parents_that_others_use_stay(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from exporter import replacing
 from exporter.bundle import PARITY, dumps
 from exporter.bundle_writer import BundleWriter
 out, moment = Path(sys.argv[1]), sys.argv[2]
+swap = replacing.exchange
+def exchange(first, second):
+    if moment == "before the swap":
+        die()
+    if "rename" in moment:
+        return False
+    swapped = swap(first, second)
+    if moment == "after the swap":
+        die()
+    return swapped
+replacing.exchange = exchange
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 renames = 0
@@ -378,13 +464,17 @@ with BundleWriter(out) as writer:
         ("old", "writing", "old"),
         ("absent", "rename 1", "absent"),
         ("old", "rename 1", "old"),
-        ("old", "rename 2", "absent"),
+        # rename 1 finds the place taken.
+        ("old", "rename 2", "old"),
+        ("old", "rename 3", "absent"),
+        ("old", "before the swap", "old"),
+        ("old", "after the swap", "new"),
     ],
 )
 def test_a_killed_process_leaves_no_half_bundle(
     tmp_path: Path, before: str, moment: str, after: str
 ) -> None:
-    """SIGKILL at any moment leaves OUT absent or whole, and the next run succeeds."""
+    """SIGKILL leaves OUT absent or whole and one folder; the next run removes it and succeeds."""
     out = tmp_path / "out"
     if before == "old":
         publish(out, "old")
@@ -393,8 +483,15 @@ def test_a_killed_process_leaves_no_half_bundle(
     )
     assert (-signal.SIGKILL, b"") == (done.returncode, done.stderr)
     assert after == state(out)
-    publish(out)
-    assert "new" == state(out)
+    (left,) = (path for path in tmp_path.iterdir() if path != out)
+    assert left.name.endswith(".staging")
+    with BundleWriter(out) as writer:
+        # Also what was taken away and not yet replaced is back.
+        assert (after if moment != "rename 3" else "old") == state(out)
+        fill(writer, "newer")
+        writer.publish(manifest())
+    assert "newer" == state(out)
+    assert [out] == list(tmp_path.iterdir())
 
 
 class TestLoading:

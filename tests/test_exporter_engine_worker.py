@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -291,3 +293,73 @@ def test_a_size_profile_travels_to_the_worker():
     """It is in the request as text and reads back."""
     text = json.dumps(protocol.request_to_json(REQUEST_SIZED))
     assert protocol.request_from_json(text).size == REQUEST_SIZED.size
+
+
+TETHERED = """
+import os, sys, time
+from pathlib import Path
+from exporter.engine import worker
+def hang(*_):
+    Path(sys.argv[1]).write_text(str(os.getpid()))
+    time.sleep(600)
+worker._run = hang
+sys.exit(worker.main(["library", sys.argv[2]]))
+"""
+WAITING = """
+import sys
+from pathlib import Path
+from exporter.engine.backend import BuildRequest
+from exporter.engine.worker_process import run_worker
+from exporter.profiles import BatchProfile
+from exporter.spec import Precision
+request = BuildRequest(onnx_path=Path("m"), precision=Precision.FP16, targets=("sm86",),
+                       batch=BatchProfile(1, 8, 32), workspace_mib=256)
+run_worker(request, print, command=[sys.executable, "-c", *sys.argv[1:]])
+"""
+
+
+def test_a_killed_parent_takes_its_worker_with_it(
+    tmp_path: Path, temporary_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """SIGKILL cannot be handled: the kernel ends a builder that would work on for minutes.
+
+    Its folder is removed by the next build.
+    """
+    monkeypatch.setenv("TMPDIR", str(temporary_folder))
+    told = tmp_path / "process"
+    parent = subprocess.Popen([sys.executable, "-c", WAITING, TETHERED, str(told)])
+    while not told.is_file() or not told.read_text():
+        assert parent.poll() is None
+        time.sleep(0.02)
+    (left,) = temporary_folder.iterdir()
+    parent.kill()
+    parent.wait()
+    status = Path("/proc", told.read_text(), "stat")
+    deadline = time.monotonic() + 60
+    while status.exists() and ") Z " not in status.read_text():
+        assert time.monotonic() < deadline, "the worker works on"
+        time.sleep(0.02)
+    assert left.is_dir()
+    run(SUCCESS)
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_worker_without_space_is_told_from_one_that_crashed(number: int):
+    """It can leave no words where the disk is full: the number is its exit code."""
+    with pytest.raises(OSError, match=re.escape(os.strerror(number))) as caught:
+        run(f"sys.exit({number})")
+    assert number == caught.value.errno
+
+
+def test_the_real_worker_ends_with_that_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Whatever it was writing: the log, the plan or the result."""
+    from exporter.engine import worker as real
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(real, "_run", full)
+    monkeypatch.setattr(real, "_end_with_parent", lambda: None)
+    monkeypatch.setattr(real, "_private_stdout", lambda: (tmp_path / "stdout").open("w"))
+    assert errno.ENOSPC == real.main(["tensorrt_rtx", str(tmp_path)])

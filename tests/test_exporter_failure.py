@@ -165,7 +165,7 @@ def test_a_report_that_cannot_be_written_changes_nothing_else(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(failure, "_replace", full)
+    monkeypatch.setattr(failure, "private_folder", full)
     error, folder = failed(precision="fp16", min_sqnr_db=150.0)
     assert (None, True) == (error.report, "parity failed at stage fp16" in str(error))
     assert not folder.exists() or [] == list(folder.iterdir())

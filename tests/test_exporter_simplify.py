@@ -223,3 +223,15 @@ def test_a_graph_that_cannot_run_is_refused() -> None:
     )
     with pytest.raises(GateFailedError, match="ONNX Runtime"):
         simplify(graph(), [(sample(),)], command=program(EDIT.format(edit=edit)))
+
+
+def test_a_full_disk_is_no_fault_of_the_graph() -> None:
+    """The simplifier ends with the system's number, and whoever owns the folder names it."""
+    with pytest.raises(OSError, match="No space left on device"):
+        simplify(graph(), [(sample(),)], command=program("sys.exit(28)"))
+
+
+def test_a_killed_parent_takes_the_simplifier_with_it() -> None:
+    """The program asks the kernel for that before it does anything, and says so."""
+    asks = SIMPLIFIER[2].index("prctl(1, signal.SIGKILL)")
+    assert asks < SIMPLIFIER[2].index("print(") < SIMPLIFIER[2].index("import onnx")

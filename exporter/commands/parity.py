@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -15,6 +14,7 @@ from exporter.commands import AddCommand
 from exporter.commands.export import prepare_export
 from exporter.console import print_json, print_note, print_table
 from exporter.errors import EXIT_DONE, GateFailedError, InputError
+from exporter.private_folder import scratch_folder
 from exporter.terminal import progress_bars, streams
 
 if TYPE_CHECKING:
@@ -89,9 +89,7 @@ def _run_cases(config: ParityConfig, options: argparse.Namespace) -> tuple[CaseR
     from exporter.cases import run_case
 
     with ExitStack() as stack:
-        folder = options.out or Path(
-            stack.enter_context(tempfile.TemporaryDirectory(prefix="repvgg-parity-"))
-        )
+        folder = options.out or stack.enter_context(scratch_folder("parity"))
         progress = stack.enter_context(progress_bars(quiet=options.quiet))
 
         def run(case: Case) -> CaseResult:

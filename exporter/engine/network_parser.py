@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from exporter.engine import build_log
 from exporter.engine.capabilities import Api, Capability, needs
 from exporter.engine.refusal import RefusedError
 from exporter.engine.tensorrt_names import Builder, ILogger, INetworkDefinition, ParserError
+from models.file_names import is_text
 
 
 def create_network(api: Api, builder: Builder, *, strongly_typed: bool) -> INetworkDefinition:
@@ -37,6 +39,11 @@ def parse(api: Api, network: INetworkDefinition, logger: ILogger, path: Path) ->
         RefusedError: with the parser's words, one for each error.
     """
     parser = api.trt.OnnxParser(network, logger)
+    if not is_text(path):
+        # The parser takes text alone. What the bundle calls its files is; this process is the
+        # worker's own, so that it may stand where it likes.
+        os.chdir(path.parent)
+        path = Path(path.name)
     if parser.parse_from_file(str(path)):
         return
     errors = [parser.get_error(index) for index in range(parser.num_errors)]

@@ -9,9 +9,11 @@ explicitly; full TensorRT builds for the GPU it runs on.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +32,12 @@ from exporter.engine.protocol import Result, Status
 from exporter.engine.refusal import BadInputError, RefusedError
 from exporter.engine.summary import EngineTyping
 from exporter.engine.tensorrt_names import IHostMemory, ILogger
+from exporter.private_folder import FULL
 
 _PARSED = 0.05
 _BUILT = 0.97
 _WORTH_A_LINE = 0.01
+_PR_SET_PDEATHSIG = 1
 _INSPECTED = "tensorrt"
 """The library whose plans are read back for their verdict: it builds where they can be loaded."""
 
@@ -145,12 +149,32 @@ def _private_stdout() -> TextIO:
 def main(arguments: list[str]) -> int:
     """Build with library ``arguments[0]`` what the folder ``arguments[1]`` asks for.
 
-    Returns 0 if a result was left there.
+    Returns 0 if a result was left there, and one of `FULL` where there is no space for it.
     """
     library, folder = arguments[0], Path(arguments[1])
     with _private_stdout() as stream:
-        _run(library, folder, ProgressPrinter(stream)).write(folder)
+        printer = ProgressPrinter(stream)
+        _end_with_parent()
+        # Whoever was killed before that call does not hear this.
+        printer.say("Starting", 0.0)
+        if printer.abandoned:
+            return 1
+        try:
+            _run(library, folder, printer).write(folder)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            return error.errno
     return 0
+
+
+def _end_with_parent() -> None:
+    """Have the kernel kill this process when the one that waits for it has gone, however it went.
+
+    The builder would work on for minutes, and not every release asks whether to go on.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from exporter.engine.backend import BuildRequest, ProgressCallback
 from exporter.engine.protocol import Result, Status
 from exporter.engine.summary import EngineTyping
 from exporter.errors import EnvironmentLackError, GateFailedError, InputError
+from exporter.private_folder import require_space, scratch_folder
 
 WORKER: tuple[str, ...] = (sys.executable, "-m", "exporter.engine.worker")
 """To be followed by the name of the library to build with."""
@@ -61,12 +61,12 @@ def run_worker(
     process has ended and the folder is gone; an interrupt or an error of ``progress`` is passed on.
 
     Raises:
+        OSError: the disk is full.
         InputError: the request does not fit the model.
         GateFailedError: the builder refuses the network, in its own words.
         EnvironmentLackError: the worker crashed, ran out of time, or left nothing usable.
     """
-    with tempfile.TemporaryDirectory(prefix="repvgg-engine-") as name:
-        folder = Path(name)
+    with scratch_folder("engine") as folder:
         content = json.dumps(protocol.request_to_json(request))
         (folder / protocol.REQUEST).write_text(content, encoding="utf-8")
         with _started(command, folder) as worker:
@@ -74,6 +74,7 @@ def run_worker(
         result = Result.read(folder)
         if result is None:
             code = worker.process.returncode
+            require_space(code, folder)
             raise EnvironmentLackError(_crash_sentence(code, phase, folder))
         return _accept(result, folder)
 

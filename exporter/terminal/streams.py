@@ -142,5 +142,6 @@ def _copy(stream: TextIO) -> TextIO:
         "w",
         buffering=1 if getattr(stream, "line_buffering", False) else -1,
         encoding=stream.encoding,
-        errors=stream.errors,
+        # A path, a class name or a table's line that the terminal's encoding lacks is no failure.
+        errors="backslashreplace",
     )

@@ -93,7 +93,7 @@ class BundleWriter:
         self.write_text(MANIFEST, dumps(document))
         for path in staging.iterdir():
             _sync(path)
-        bundle = replace(Bundle.load(staging), path=self._out)
+        bundle = replace(Bundle.read(staging), path=self._out)
         _move_into_place(staging, self._out)
         self._staging = None
         return bundle

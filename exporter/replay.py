@@ -23,6 +23,7 @@ from exporter.plain_chain import PlainChain, with_chain
 from exporter.quantize import quantize
 from exporter.quantizers import Quantized, QuantizerOptions
 from exporter.spec import Recipe
+from exporter.text_file import read_text
 
 
 def load_table(path: Path) -> CalibrationTable:
@@ -33,7 +34,7 @@ def load_table(path: Path) -> CalibrationTable:
             scales of another type than INT8.
     """
     try:
-        table = CalibrationTable.loads(path.read_text("utf-8"))
+        table = CalibrationTable.loads(read_text(path))
     except (OSError, UnicodeDecodeError, CalibrationTableError) as error:
         raise InputError(f"calibration table {path} cannot be used: {error}") from error
     if table.method == IMPORTED:

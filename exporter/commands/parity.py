@@ -15,6 +15,7 @@ from exporter.commands.export import prepare_export
 from exporter.console import print_json, print_note, print_table
 from exporter.errors import EXIT_DONE, GateFailedError, InputError
 from exporter.terminal import progress_bars, streams
+from exporter.terminal import sentence as one_line
 
 if TYPE_CHECKING:
     from exporter.parity_run import CaseResult, Comparison, ParityConfig
@@ -79,7 +80,7 @@ def _run(options: argparse.Namespace) -> int:
         print_note(f"note: baseline {options.baseline} holds the figures of this run")
     _tell(options, results, comparison, content)
     for sentence in sentences:
-        streams().error(f"repvgg-export: {sentence}")
+        streams().error(f"repvgg-export: {one_line(sentence)}")
     return code
 
 

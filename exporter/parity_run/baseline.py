@@ -17,6 +17,7 @@ from typing import Any
 from exporter.errors import InputError
 from exporter.parity_run.case_result import CaseResult, Figures
 from exporter.parity_run.margins import KINDS, ROUNDING_DB, Margins
+from exporter.text_file import read_json
 
 SCHEMA_VERSION = 1
 _LESS_IS_BETTER = ("other_kernels", "plan_bytes", "model_bytes")
@@ -62,7 +63,7 @@ def read_baseline(path: Path) -> Baseline:
         InputError: if it cannot be read or is no baseline of this version.
     """
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = read_json(path)
         version, cases = content["schema_version"], content["cases"]
         baseline = {
             str(name): {
@@ -75,7 +76,7 @@ def read_baseline(path: Path) -> Baseline:
         raise InputError(
             f"baseline {path} cannot be read: {error.strerror}; --update-baseline writes it"
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(
             f"baseline {path} is not what --update-baseline writes: {error or type(error).__name__}"
         ) from error

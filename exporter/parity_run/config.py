@@ -32,6 +32,7 @@ from exporter.parity_run.complaints import Complaints, nearest
 from exporter.parity_run.margins import KINDS, Margins
 from exporter.parity_run.request_keys import Layers, read_values
 from exporter.request import ExportRequest
+from exporter.text_file import read_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -108,10 +109,10 @@ class _Shared:
 
 def _toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text("utf-8"))
+        return tomllib.loads(read_text(path))
     except OSError as error:
         raise InputError(f"configuration {path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"configuration {path} is no TOML: {error}") from error
 
 

@@ -6,5 +6,6 @@ the log file or nowhere; with ``--debug`` it goes where they send it.
 
 from exporter.terminal.progress import Progress, progress_bars
 from exporter.terminal.streams import Streams, opened, streams
+from exporter.terminal.visible import sentence, visible
 
-__all__ = ["Progress", "Streams", "opened", "progress_bars", "streams"]
+__all__ = ["Progress", "Streams", "opened", "progress_bars", "sentence", "streams", "visible"]

@@ -4,8 +4,8 @@
 
 Files of every kind are made wrong (`corruption` and its kin) and given to the real command, each in
 a process of its own (`fuzz_server`), and every ending is judged (`fuzz_judge`): exit code 0 to 3, a
-sentence and no traceback, no code of a file run, less than 60 s and less than 1 GB above what a
-file in order takes, nothing published in part. The exit code is 1 if anything failed. ``--case N``
+sentence and no traceback, no code of a file run, less than 60 s of processor time and less than
+1 GB above what a file in order takes, nothing published in part. The exit code is 1 if anything failed. ``--case N``
 runs one case of a seed and of ``--kinds`` again and keeps its files.
 """
 
@@ -29,7 +29,7 @@ from random import Random
 from typing import Any
 
 from fuzz_cases import KINDS, Case, make_case, placed
-from fuzz_judge import GIGABYTE, SECONDS, Ending, ending, faults
+from fuzz_judge import GIGABYTE, PATIENCE_S, Ending, ending, faults
 from fuzz_seeds import Seeds, make_seeds
 
 _SERVER = Path(__file__).with_name("fuzz_server.py")
@@ -68,7 +68,7 @@ class Server:
     def run(self, case: Case, usual_peak: int) -> Ending:
         """Run the command of ``case``."""
         request = {
-            "arguments": case.arguments, "cwd": str(case.folder), "seconds": SECONDS,
+            "arguments": case.arguments, "cwd": str(case.folder), "seconds": PATIENCE_S,
             "stdout": str(case.folder / "stdout"), "stderr": str(case.folder / "stderr"),
             "canary": str(case.folder / "canary"),
         }  # fmt: skip
@@ -81,7 +81,7 @@ class Server:
 
     def close(self) -> None:
         """End the process."""
-        self._process.communicate(timeout=SECONDS + _MARGIN)
+        self._process.communicate(timeout=PATIENCE_S + _MARGIN)
 
 
 class UsualPeaks:
@@ -93,12 +93,12 @@ class UsualPeaks:
     def __init__(self, seeds: Seeds, root: Path) -> None:
         self._seeds, self._root = seeds, root
         self._found: dict[tuple[str, ...], int] = {}
-        self._lock = threading.Lock()
+        self._locks: dict[tuple[str, ...], threading.Lock] = defaultdict(threading.Lock)
 
     def of(self, case: Case, server: Server) -> int:
         """Bytes."""
         words = _words(case)
-        with self._lock:
+        with self._locks[words]:
             if words not in self._found:
                 self._found[words] = self._measured(case, server)
             return self._found[words]
@@ -174,13 +174,13 @@ def summary(outcomes: list[Outcome], seed: int, seconds: float) -> dict[str, Any
 
 
 def _figures(outcomes: list[Outcome]) -> dict[str, Any]:
-    times = [outcome.end.seconds for outcome in outcomes]
+    times = [outcome.end.cpu_seconds for outcome in outcomes]
     return {
         "inputs": len(outcomes),
         "exit_codes": dict(sorted(Counter(str(outcome.end.code) for outcome in outcomes).items())),
         "failures": sum(bool(outcome.faults) for outcome in outcomes),
-        "median_seconds": round(statistics.median(times), 2),
-        "worst_seconds": round(max(times), 2),
+        "median_cpu_seconds": round(statistics.median(times), 2),
+        "worst_cpu_seconds": round(max(times), 2),
         "worst_gigabytes": round(max(o.end.memory for o in outcomes) / GIGABYTE, 2),
     }
 
@@ -188,12 +188,12 @@ def _figures(outcomes: list[Outcome]) -> dict[str, Any]:
 def table(result: Mapping[str, Any]) -> str:
     """The summary for people."""
     lines = [f"{'kind':12}{'inputs':>8}{'exit 0':>8}{'1':>6}{'2':>6}{'3':>6}{'failures':>10}"
-             f"{'worst s':>9}{'worst GB':>10}"]  # fmt: skip
+             f"{'CPU s':>9}{'GB':>10}"]  # fmt: skip
     for kind, row in result["kinds"].items():
         codes = [row["exit_codes"].get(str(code), 0) for code in range(4)]
         lines.append(
             f"{kind:12}{row['inputs']:8}{codes[0]:8}{codes[1]:6}{codes[2]:6}{codes[3]:6}"
-            f"{row['failures']:10}{row['worst_seconds']:9.1f}{row['worst_gigabytes']:10.2f}"
+            f"{row['failures']:10}{row['worst_cpu_seconds']:9.1f}{row['worst_gigabytes']:10.2f}"
         )
     words = f"{result['inputs']} inputs in {result['seconds']} s, seed {result['seed']}"
     return "\n".join([*lines, f"{words}: {len(result['failures'])} failed"])

@@ -40,12 +40,12 @@ class Kind:
 KINDS: Mapping[str, Kind] = {
     "checkpoint": Kind(weight=6, commands=(("inspect", "{file}"), ("inspect", "{file}", "--json"))),
     "a0": Kind(
-        weight=3,
+        weight=2.5,
         commands=(("convert", "{file}", "{out}"), (*_ENGINE, "--weights", "{file}"),
             ("convert", "{file}", "{out}", "--form", "deploy")),
     ),
     "graph": Kind(weight=6, commands=(("inspect", "{file}"), ("inspect", "{file}", "--json"))),
-    "a0_graph": Kind(weight=2, commands=((*_INT8, "--weights", "{file}"),)),
+    "a0_graph": Kind(weight=0.5, commands=((*_INT8, "--weights", "{file}"),)),
     "picture": Kind(
         weight=5,
         commands=(("evaluate", "{bundle}", "--data", "{folder}", "--threads", "1"),
@@ -53,14 +53,14 @@ KINDS: Mapping[str, Kind] = {
             (*_ENGINE, "--evaluation", "{folder}")),
     ),
     "table": Kind(weight=3, commands=(("inspect", "{file}"),)),
-    "a0_table": Kind(weight=0.7, commands=(
+    "a0_table": Kind(weight=0.3, commands=(
         (*_INT8, "--recipe", "minmax", "--calibration-table", "{file}"),)),
     "cache": Kind(weight=1.5, commands=(("inspect", "{file}"),)),
     "plan": Kind(weight=1, commands=(("inspect", "{file}"),)),
     "preprocess": Kind(weight=1, commands=((*_ENGINE, "--preprocess", "{file}"),)),
     "evaluation": Kind(weight=2, commands=(("evaluate", "--merge", "{file}"),
         ("evaluate", "--merge", "{file}", "--json"))),
-    "config": Kind(weight=2, commands=(("parity", "{file}", "--results", "{results}"),)),
+    "config": Kind(weight=2.5, commands=(("parity", "{file}", "--results", "{results}"),)),
     "baseline": Kind(weight=1, commands=(
         ("parity", "{config}", "--baseline", "{file}", "--results", "{results}"),)),
     "bundle": Kind(

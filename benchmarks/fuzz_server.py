@@ -4,7 +4,8 @@ Importing torch takes longer than most wrong files are read in, so it happens on
 fork. Requests are lines of JSON on standard input, answers the same on standard output::
 
     {"arguments": [...], "stdout": FILE, "stderr": FILE, "cwd": DIR, "seconds": 60, "canary": FILE}
-    {"code": 2, "signal": null, "timed_out": false, "seconds": 0.1, "peak_bytes": 500000000}
+    {"code": 2, "signal": null, "timed_out": false, "seconds": 0.2, "cpu_seconds": 0.1,
+     "peak_bytes": 500000000}
 
 ``peak_bytes`` is the largest resident set of that process or of one that it started, the libraries
 loaded here included: the figure of a file in order is to be subtracted.
@@ -59,6 +60,7 @@ def _run(request: dict[str, Any]) -> dict[str, Any]:
         "signal": os.WTERMSIG(status) if os.WIFSIGNALED(status) else None,
         "timed_out": timed_out,
         "seconds": round(time.monotonic() - start, 3),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 3),
         "peak_bytes": usage.ru_maxrss * 1024,
     }
 

@@ -20,7 +20,7 @@ _VALUES: tuple[Any, ...] = (
 )  # fmt: skip
 """What somebody's program may write where something else was meant."""
 
-_DEPTH = (50, 500, 5_000, 200_000)
+_DEPTH = (50, 500, 5_000, 100_000)
 _HUGE_INTEGER = "9" * 5000
 _TOML_VALUES = (
     "-1", "0", "9" * 30, _HUGE_INTEGER, "nan", "inf", "-inf", "1e999", "true", '""', '"\\u0000"',

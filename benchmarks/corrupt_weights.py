@@ -50,7 +50,6 @@ def code(random: Random) -> Any:
             _Runs(os.system, _SHELL),
             _Runs(eval, f"__import__('os').system({_SHELL!r})"),
             _Runs(exec, f"import os; os.system({_SHELL!r})"),
-            _Runs(getattr, _Runs(__import__, "os"), "system"),
             {"state_dict": {"stage0.weight": _Runs(os.system, _SHELL)}},
         )
     )

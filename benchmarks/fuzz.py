@@ -5,8 +5,8 @@
 Files of every kind are made wrong (`corruption` and its kin) and given to the real command, each in
 a process of its own (`fuzz_server`), and every ending is judged (`fuzz_judge`): exit code 0 to 3, a
 sentence and no traceback, no code of a file run, less than 60 s of processor time and less than
-1 GB above what a file in order takes, nothing published in part. The exit code is 1 if anything failed. ``--case N``
-runs one case of a seed and of ``--kinds`` again and keeps its files.
+1 GB above what a file in order takes, nothing published in part. The exit code is 1 if anything
+failed. ``--case N`` runs one case of a seed and of ``--kinds`` again and keeps its files.
 """
 
 from __future__ import annotations
@@ -75,9 +75,7 @@ class Server:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         print(json.dumps(request), file=self._process.stdin, flush=True)
-        return ending(
-            json.loads(self._process.stdout.readline()), case.folder / "stderr", usual_peak
-        )
+        return ending(json.loads(self._process.stdout.readline()), case.folder, usual_peak)
 
     def close(self) -> None:
         """End the process."""

@@ -139,13 +139,15 @@ def placed(
     )  # fmt: skip
 
 
-def corrupted(data: bytes, suffix: str, random: Random) -> tuple[str, bytes]:
+def corrupted(
+    data: bytes, suffix: str, random: Random, *, leave_out: Sequence[str] = ()
+) -> tuple[str, bytes]:
     """What was done, and the result; formats are known by their suffix."""
     knowing = _FORMATS.get(suffix, {})
     if suffix == ".pth" and not data.startswith(b"PK"):
         knowing = TORCH
     chances = [(name, make, 1) for name, make in BYTES.items()]
-    chances += [(name, make, _WEIGHED) for name, make in knowing.items()]
+    chances += [(n, make, _WEIGHED) for n, make in knowing.items() if n not in leave_out]
     (name, make, _) = random.choices(chances, [weight for *_, weight in chances])[0]
     return name, make(data, random)
 

@@ -35,9 +35,10 @@ class Ending:
     cpu_seconds: float
     memory: int
     stderr: str
+    stdout: str = ""
 
 
-def ending(answer: Mapping[str, Any], stderr: Path, usual_peak: int) -> Ending:
+def ending(answer: Mapping[str, Any], folder: Path, usual_peak: int) -> Ending:
     """The server's answer as an Ending."""
     return Ending(
         code=answer["code"],
@@ -46,7 +47,8 @@ def ending(answer: Mapping[str, Any], stderr: Path, usual_peak: int) -> Ending:
         seconds=answer["seconds"],
         cpu_seconds=answer["cpu_seconds"],
         memory=max(0, answer["peak_bytes"] - usual_peak),
-        stderr=stderr.read_bytes().decode("utf-8", "backslashreplace"),
+        stderr=(folder / "stderr").read_bytes().decode("utf-8", "backslashreplace"),
+        stdout=(folder / "stdout").read_bytes().decode("utf-8", "backslashreplace"),
     )
 
 
@@ -72,6 +74,8 @@ def _word_faults(end: Ending) -> Iterator[str]:
     if "Traceback" in end.stderr or "internal error" in end.stderr:
         yield f"traceback: {end.stderr.strip().splitlines()[-1][:200]}"
         return
+    if "\x1b" in end.stderr + end.stdout:
+        yield "the file's escape sequences on the terminal"
     if end.code not in (1, 2, 3):
         return
     lines = end.stderr.removesuffix("\n").split("\n")
@@ -81,8 +85,6 @@ def _word_faults(end: Ending) -> Iterator[str]:
         yield f"standard error starts with {lines[0][:60]!r}, not with the command's name"
     if len(end.stderr) > _MOST_CHARACTERS:
         yield f"{len(end.stderr)} characters on standard error"
-    if "\x1b" in end.stderr:
-        yield "the file's escape sequences on the terminal"
 
 
 def _output_faults(case: Case, end: Ending, canary: Path) -> Iterator[str]:

@@ -58,12 +58,22 @@ def tiny_network() -> RepVGG:
     return network.eval()
 
 
+def make_file_seeds(root: Path) -> None:
+    """The kinds for which nothing has to be exported."""
+    state = {name: tensor.clone() for name, tensor in tiny_network().state_dict().items()}
+    _weights(root / "checkpoint", state)
+    _pictures(root / "picture", sorted(_bundled().test_images.rglob("*.png"))[0])
+    (root / "plan").mkdir()
+    (root / "plan/model.engine").write_bytes(_plan())
+    _json(root / "preprocess/preprocess.json", {"image_size": [32, 32],
+        "crop_fraction": 1.0, "interpolation": "bicubic", "mean": [0.5, 0.5, 0.5],
+        "std": [0.25, 0.25, 0.25]})  # fmt: skip
+
+
 def make_small_seeds(root: Path) -> Seeds:
     """Every kind but those that need the real A0: under a megabyte, in about ten seconds."""
+    make_file_seeds(root)
     network = tiny_network()
-    state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    _weights(root / "checkpoint", state)
-    bundled = _bundled()
     for precision in ("int8", "fp32", "bf16"):
         folder = root / "bundle" / precision
         images = np.random.default_rng(0).standard_normal((24, 3, _SIZE, _SIZE)).astype(np.float32)
@@ -77,12 +87,6 @@ def make_small_seeds(root: Path) -> Seeds:
     _copies(root / "graph", made / "int8/model.int8.onnx", made / "fp32/model.onnx")
     _copies(root / "table", made / "int8/calibration.json")
     _copies(root / "cache", made / "int8/calibration.cache")
-    _pictures(root / "picture", sorted(bundled.test_images.rglob("*.png"))[0])
-    (root / "plan").mkdir()
-    (root / "plan/model.engine").write_bytes(_plan())
-    _json(root / "preprocess/preprocess.json", {"image_size": [32, 32],
-        "crop_fraction": 1.0, "interpolation": "bicubic", "mean": [0.5, 0.5, 0.5],
-        "std": [0.25, 0.25, 0.25]})  # fmt: skip
     return Seeds(root=root)
 
 

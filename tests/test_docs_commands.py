@@ -31,6 +31,7 @@ BY_CI = {"make test", "make docs", "make parity", "make parity MODEL=A0 PRECISIO
 MEASUREMENTS = {
     "make benchmark-paper": "benchmarks/paper.py",
     "make engine-table": "benchmarks/engine_table.py",
+    "make fuzz": "benchmarks/fuzz.py",
     "python examples/train_digits_a0.py --out /tmp/digits": "examples/train_digits_a0.py",
 }
 """Take many minutes; the script that they run."""

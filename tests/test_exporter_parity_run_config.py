@@ -154,6 +154,7 @@ def test_everything_wrong_is_told_together_each_with_its_table_and_key(written):
             "[[case]] 1, skip_bad_images: must be true or false, not 1",
         ),
         ("[[case]]\nmodel 3", "is no TOML: Expected '=' after a key"),
+        ("a = " + "[" * 100_000, "is no TOML: maximum recursion depth exceeded"),
     ],
 )
 def test_what_is_refused_says_where(written, text, sentence):

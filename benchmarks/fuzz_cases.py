@@ -66,6 +66,7 @@ KINDS: Mapping[str, Kind] = {
     "bundle": Kind(
         weight=10,
         commands=(("verify", "{file}"), ("inspect", "{file}"), ("plan", "{file}"),
+            ("inspect", "{file}", "--json"), ("plan", "{file}", "--json"),
             ("evaluate", "{file}", "--data", "{images}", "--threads", "1"), _BENCHMARK,
             (*_BENCHMARK, "--compare", "{bundle}"), ("build", "{file}")),
     ),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from pathlib import PurePosixPath
 from typing import Any
 
 from exporter.pixel_input import DTYPE, FLOAT, Layout
@@ -108,7 +107,7 @@ def _parses(parse: Callable[[str], object]) -> Check:
 def are_files(value: Any) -> bool:
     """Whether it maps names to hashes; plain names, so that no file outside the folder is read."""
     return isinstance(value, Mapping) and all(
-        _is_text(name) and PurePosixPath(name).name == name and _is_mapping(entry)
+        _is_text(name) and name not in ("", ".", "..") and "/" not in name and _is_mapping(entry)
         and _fault(entry, _FILE, "") is None
         for name, entry in value.items()
     )  # fmt: skip
@@ -132,7 +131,7 @@ def _is_gate(value: Any) -> bool:
 _FILE = {"sha256": _is_text, "bytes?": _is_count}
 _PORT = {
     "name": _is_text,
-    "shape?": _list_of(_is_extent),
+    "shape": _list_of(_is_extent),
     "dtype?": _one_of(DTYPE, FLOAT),
     "layout?": _one_of(*map(str, Layout)),
 }
@@ -147,7 +146,7 @@ _MANIFEST = {
     "files": are_files,
     "spec": {
         "precision": _one_of(*map(str, Precision)),
-        "batch?": _parses(BatchProfile.parse),
+        "batch": _parses(BatchProfile.parse),
         "dynamic_size?": _or_null(_parses(SizeProfile.parse)),
         "name?": _is_text,
         "target?": _or_null(_is_text),
@@ -160,7 +159,7 @@ _MANIFEST = {
             "allow_emulated?": _is_flag,
         },
     },
-    "model?": {"num_classes?": _or_null(_is_extent)},
+    "model": {"num_classes?": _or_null(_is_extent)},
     "inputs?": _are_ports,
     "outputs?": _are_ports,
     "class_names?": _or_null(_list_of(_is_text)),

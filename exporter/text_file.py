@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,17 @@ def parse_json(text: str) -> Any:
     """The JSON document ``text``.
 
     Raises:
-        ValueError: if it is none, or nested too deeply.
+        ValueError: if it is none, nested too deeply, or holds a number that is not finite.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, parse_float=_finite, parse_constant=_finite)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def _finite(text: str) -> float:
+    """Python reads NaN and Infinity, which JSON does not have, and 1e999 as infinity."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is no finite number")
+    return number

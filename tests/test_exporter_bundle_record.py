@@ -36,7 +36,7 @@ def with_value(record: Any, place: tuple[Any, ...], value: Any) -> Any:
 def test_right_records_have_no_fault():
     """With what is optional and without; unknown fields are left alone."""
     assert manifest_fault(MANIFEST) is None
-    assert manifest_fault({"files": {}, "spec": {"precision": "fp32"}, "more": 1}) is None
+    assert manifest_fault({**MANIFEST, "more": 1, "notes": [], "targets": ["sm86"]}) is None
     assert parity_fault({"stages": [STAGE, {**STAGE, "more": 1}]}) is None
 
 
@@ -70,6 +70,7 @@ def test_a_missing_field_is_named():
     """Only those without which nobody can do anything."""
     assert "spec is missing" == manifest_fault({"files": {}})
     assert "spec.precision is missing" == manifest_fault({"files": {}, "spec": {}})
+    assert "model is missing" == manifest_fault({"files": {}, "spec": MANIFEST["spec"]})
     assert "stages is missing" == parity_fault({})
 
 

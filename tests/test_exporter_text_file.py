@@ -1,4 +1,4 @@
-"""What is no readable text or JSON is an OSError or a ValueError, and never waits or fills memory."""
+"""What is no text or JSON is an OSError or a ValueError, and never waits or fills the memory."""
 
 from __future__ import annotations
 
@@ -23,8 +23,13 @@ def test_what_is_no_file_is_refused_without_waiting(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "device").symlink_to("/dev/zero")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    for name, words in (("pipe", "is not a regular file"), ("device", "is not a regular file"),
-                        ("", "is a folder"), ("missing", os.strerror(2)), ("loop", os.strerror(40))):  # fmt: skip
+    for name, words in (
+        ("pipe", "is not a regular file"),
+        ("device", "is not a regular file"),
+        ("", "is a folder"),
+        ("missing", os.strerror(2)),
+        ("loop", os.strerror(40)),
+    ):
         with pytest.raises(OSError, match=words):
             read_text(tmp_path / name)
 
@@ -46,6 +51,9 @@ def test_a_file_too_large_for_its_kind_is_refused(tmp_path, monkeypatch):
         (b"[" * 100_000, "nested too deeply"),
         (b"{", "Expecting"),
         (b"9" * 5000, "Exceeds the limit"),
+        (b"[NaN]", "NaN is no finite number"),
+        (b"-Infinity", "-Infinity is no finite number"),
+        (b"1e999", "1e999 is no finite number"),
     ],
 )
 def test_what_is_no_json_is_a_value_error(tmp_path, content, words):

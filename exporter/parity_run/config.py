@@ -39,6 +39,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+_MOST_LEVELS = 10
 _TABLES = ("defaults", "margins", "case")
 _SAFE = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-"
 
@@ -109,11 +110,22 @@ class _Shared:
 
 def _toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(read_text(path))
+        content = tomllib.loads(read_text(path))
+        if _is_deeper(content, _MOST_LEVELS):
+            raise ValueError(f"it is nested deeper than {_MOST_LEVELS} levels")
+        return content
     except OSError as error:
         raise InputError(f"configuration {path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"configuration {path} is no TOML: {error}") from error
+
+
+def _is_deeper(value: object, levels: int) -> bool:
+    """A dotted key can nest thousands of tables, which no complaint could print."""
+    if not isinstance(value, dict | list):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_is_deeper(item, levels - 1) for item in inner)
 
 
 def _table(content: Mapping[str, Any], name: str, complaints: Complaints) -> dict[str, Any]:
@@ -160,7 +172,9 @@ def _margins(
     for key, value in table.items():
         if key not in KINDS:
             complaints.add(place, key, f"unknown{nearest(key, KINDS)}")
-        elif isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+        elif (
+            isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e300
+        ):
             complaints.add(place, key, f"must be a number of at least 0, not {value!r}")
         else:
             found[key] = float(value)

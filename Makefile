@@ -27,7 +27,7 @@ ENGINE = $(BIN)/repvgg-export engine $(call quoted,$(MODEL)) --precision $(call 
 	$(call option,--batch,$(BATCH)) $(call option,--image-size,$(IMAGE_SIZE)) \
 	--out $(call quoted,$(BUNDLE)) $(ARGS)
 
-.PHONY: engine parity test test-slow lint format benchmark benchmark-paper engine-table docs audit gpu-test clean
+.PHONY: engine parity test test-slow lint format benchmark benchmark-paper engine-table fuzz docs audit gpu-test clean
 
 engine: $(READY)
 	@$(ENGINE)
@@ -77,6 +77,10 @@ benchmark-paper: $(READY)
 # Every precision and target that TensorRT-RTX builds here, as docs/engines.md.
 engine-table: $(READY)
 	$(BIN)/python benchmarks/engine_table.py
+
+# Ten minutes of wrong files for every command that reads one; docs/reliability.md.
+fuzz: $(READY)
+	$(BIN)/python benchmarks/fuzz.py $(ARGS)
 
 # The documentation as a site, in build/site; a broken link or anchor fails it.
 docs: $(READY)

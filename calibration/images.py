@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 FloatArray = npt.NDArray[np.float32]
 PixelArray = npt.NDArray[np.uint8]
@@ -34,6 +36,10 @@ _INTERPOLATIONS = {
 _WIDE_MODES = ("I", "F")
 # A sliver of an image grows without bound when its shorter edge is resized; no photograph does.
 _MAX_RESIZED_PIXELS = 100_000_000
+# Pillow holds 4 bytes a pixel, twice while it converts: 0.7 GB.
+_MAX_PIXELS = 90_000_000
+_MAX_CROP_PIXELS = 4096 * 4096
+_OPENING = threading.Lock()
 
 
 # Means and standard deviations beyond this would overflow or vanish in float32.
@@ -73,6 +79,11 @@ class Preprocess:
         complaints = []
         if not _are_numbers(self.image_size, 2, int) or min(self.image_size) < 1:
             complaints.append(f"image_size must be two positive integers, not {self.image_size!r}")
+        elif math.prod(self.image_size) > _MAX_CROP_PIXELS:
+            height, width = self.image_size
+            complaints.append(
+                f"image_size {height} x {width} is more than {_MAX_CROP_PIXELS} pixels"
+            )
         if not _are_numbers((self.crop_fraction,), 1) or not 0 < self.crop_fraction <= 1:
             complaints.append(f"crop_fraction must be in (0, 1], not {self.crop_fraction!r}")
         if not isinstance(self.interpolation, str) or self.interpolation not in _INTERPOLATIONS:
@@ -102,15 +113,19 @@ class Preprocess:
         """
         if image.mode.startswith(_WIDE_MODES):
             raise ImageDataError(f"has pixel mode {image.mode}; only 8-bit images are supported")
+        # All of this before a pixel is decoded: the file's size says nothing about theirs.
+        if image.width * image.height > _MAX_PIXELS:
+            size = f"{image.width} x {image.height}"
+            raise ImageDataError(f"is too large: {size}, more than {_MAX_PIXELS} pixels")
+        height, width = self.image_size
+        scale = max(height / image.height, width / image.width) / self.crop_fraction
+        resized_w = max(width, math.floor(image.width * scale + 1e-6))
+        resized_h = max(height, math.floor(image.height * scale + 1e-6))
+        if resized_w * resized_h > max(_MAX_RESIZED_PIXELS, image.width * image.height):
+            raise ImageDataError(f"is too narrow: {image.width} x {image.height} pixels")
         if image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")
-        rgb = image.convert("RGB")
-        height, width = self.image_size
-        scale = max(height / rgb.height, width / rgb.width) / self.crop_fraction
-        resized_w = max(width, math.floor(rgb.width * scale + 1e-6))
-        resized_h = max(height, math.floor(rgb.height * scale + 1e-6))
-        if resized_w * resized_h > max(_MAX_RESIZED_PIXELS, rgb.width * rgb.height):
-            raise ImageDataError(f"is too narrow: {rgb.width} x {rgb.height} pixels")
+        rgb = image if image.mode == "RGB" else image.convert("RGB")
         if (resized_w, resized_h) != rgb.size:
             rgb = rgb.resize((resized_w, resized_h), _INTERPOLATIONS[self.interpolation])
         left, top = round((resized_w - width) / 2), round((resized_h - height) / 2)
@@ -251,14 +266,25 @@ def load_pixels(path: Path, preprocess: Preprocess) -> PixelArray:
         ImageDataError: as :func:`load_image`.
     """
     try:
-        with Image.open(path) as image:
+        with _opened(path) as image:
             return preprocess.pixels(image)
     except ImageDataError as error:
         raise ImageDataError(f"image {path} {error}") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise ImageDataError(f"image {path} cannot be decoded ({error})") from error
     except Image.DecompressionBombError as error:
         raise ImageDataError(f"image {path} is too large to be a picture ({error})") from error
+    except Exception as error:
+        # Pillow's plug-ins raise whatever their parsing meets in a damaged file: OSError,
+        # SyntaxError, struct.error, IndexError, KeyError, OverflowError and more.
+        reason = str(error) or type(error).__name__
+        raise ImageDataError(f"image {path} cannot be decoded ({reason})") from error
+
+
+def _opened(path: Path) -> Image.Image:
+    # Images are decoded in several threads, and warning filters belong to the process.
+    with _OPENING, warnings.catch_warnings():
+        # Of a size that is judged here.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(path)
 
 
 def unreadable(folder: ImageFolder, preprocess: Preprocess) -> tuple[Path, ...]:

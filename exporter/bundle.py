@@ -9,16 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from exporter.bundle_record import are_files, manifest_fault, parity_fault
 from exporter.errors import InputError
 from exporter.onnx_runner import FloatArray, fits
 from exporter.pixel_input import FLOAT
+from exporter.text_file import read_json
 
 Arrays = Any
 """One float32 array, or several: a tuple of inputs, a dict of outputs by name.
@@ -45,6 +48,9 @@ SIGNED = (MANIFEST, CHECKSUMS)
 _SIGNATURE = ".minisig"
 UNLISTED = frozenset({*SIGNED, *(f"{name}{_SIGNATURE}" for name in SIGNED)})
 """Files of a bundle that its manifest cannot list, because they are made from it."""
+
+_MOST_ARRAY_BYTES = 512 << 20
+"""Of the reference inputs and outputs together; a few images are a hundredth of it."""
 
 
 def signature_path(path: Path) -> Path:
@@ -91,6 +97,24 @@ class Bundle:
         """Open the bundle in the folder ``path``; contents are checked by :meth:`damaged_files`.
 
         Raises:
+            InputError: if the folder is no bundle, one of a newer schema, or one whose records are
+                not what they must be to be used.
+        """
+        bundle = cls.read(path)
+        for name, fault in (
+            (MANIFEST, manifest_fault(bundle.manifest)),
+            (PARITY, parity_fault(bundle.parity)),
+        ):
+            if fault is not None:
+                words = f"in {name} {fault}; export it again"
+                raise InputError(f"bundle {bundle.path} is damaged: {words}")
+        return bundle
+
+    @classmethod
+    def read(cls, path: Path | str) -> Bundle:
+        """As :meth:`load`, for those who only describe it: beyond the files nothing is checked.
+
+        Raises:
             InputError: if the folder is no bundle, or one of a newer schema.
         """
         path = Path(path)
@@ -100,10 +124,7 @@ class Bundle:
             raise InputError(
                 f"bundle {path} has schema version {version}; this program reads {SCHEMA_VERSION}"
             )
-        files = manifest.get("files")
-        if not isinstance(files, dict) or not all(
-            isinstance(entry, dict) and "sha256" in entry for entry in files.values()
-        ):
+        if not are_files(manifest.get("files")):
             raise InputError(f"{path} is not a bundle: {MANIFEST} lists no files with their sha256")
         return cls(path, manifest, _read_object(path, PARITY))
 
@@ -144,11 +165,9 @@ class Bundle:
         path = self.path / REFERENCE
         inputs, outputs = self._names("inputs", "images"), self._names("outputs", "logits")
         try:
-            # Opened here, because np.load leaves a damaged archive open.
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                stored = {name: arrays[name] for name in (*inputs, *outputs)}
-        except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-            # TypeError: a plain .npy file, whose array is no context manager.
+            stored = _arrays(path, (*inputs, *outputs))
+        except Exception as error:
+            # zipfile, zlib and numpy raise a dozen types on damaged bytes.
             raise InputError(f"reference inputs {path} cannot be read: {error}") from error
         given = tuple(stored[name] for name in inputs)
         results = {name: stored[name] for name in outputs}
@@ -198,13 +217,34 @@ class Bundle:
                 )
 
 
+def _arrays(path: Path, names: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
+    """These arrays of an ``.npz``; whatever is wrong raises."""
+    if not path.is_file():
+        raise ValueError("it is no file")
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        size = sum(entry.file_size for entry in archive.infolist())
+        if size > _MOST_ARRAY_BYTES:
+            raise ValueError(f"it unpacks to {size / 1e9:.3g} GB")
+        # Opened here, because np.load leaves a damaged archive open.
+        with np.load(file, allow_pickle=False) as arrays:
+            stored = {name: arrays[name] for name in names}
+    for name, array in stored.items():
+        if not isinstance(array, np.ndarray) or array.dtype not in (np.float32, np.uint8):
+            raise ValueError(f"{name} is no array of float32 or uint8")
+        if array.ndim == 0 or len(array) == 0:
+            raise ValueError(f"{name} is empty")
+    if len({len(array) for array in stored.values()}) != 1:
+        raise ValueError("its arrays are of different numbers of images")
+    return stored
+
+
 def _read_object(folder: Path, name: str) -> dict[str, Any]:
     try:
-        data = json.loads((folder / name).read_text("utf-8"))
+        data = read_json(folder / name)
     except OSError as error:
         reason = f"{name} cannot be read ({error.strerror or error})"
         raise InputError(f"{folder} is not a bundle: {reason}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise InputError(f"{folder} is not a bundle: {name} is not JSON ({error})") from error
     if not isinstance(data, dict):
         raise InputError(f"{folder} is not a bundle: {name} is no JSON object")

@@ -110,7 +110,7 @@ class BundleWriter:
         for path in staging.iterdir():
             _sync(path)
         sync_folder(staging)
-        bundle = replace(Bundle.load(staging), path=self._out)
+        bundle = replace(Bundle.read(staging), path=self._out)
         # Again: the run may have taken hours.
         _require_replaceable(self._out)
         put_in_place(staging, self._out, staging.parent / OLD)

@@ -8,10 +8,11 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from exporter.terminal import streams
+from exporter.terminal import streams, visible
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
     from exporter.pipeline import ExportResult
     from exporter.plan_content import Plan
@@ -216,10 +217,14 @@ def print_table(table: Table) -> None:
             """Leave it to the command line: rich itself would end the program with exit code 1."""
             raise BrokenPipeError
 
+        def render_str(self, text: str, **more: Any) -> Text:
+            """Cells hold names from files."""
+            return super().render_str(visible(text), **more)
+
     own = streams()
     if own.log is not None:
         plain = io.StringIO()
-        Console(file=plain, width=_WIDTH, highlight=False, color_system=None).print(table)
+        Pipe(file=plain, width=_WIDTH, highlight=False, color_system=None).print(table)
         own.record("result", plain.getvalue())
     known = own.out.isatty() or "COLUMNS" in os.environ
     Pipe(file=own.out, width=None if known else _WIDTH, highlight=False).print(table)

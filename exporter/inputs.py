@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from exporter.image_set import FolderImages, ImageSet
 from exporter.network import Interface, classifier_interface
 from exporter.source import Source, load_network
 from exporter.spec import RANDOM, ExportSpec
+from exporter.text_file import read_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +118,7 @@ def choose_preprocess(spec: ExportSpec, source: Source) -> Preprocess | None:
     else:
         path = Path(spec.preprocess)
         try:
-            data = json.loads(path.read_text("utf-8"))
+            data = read_json(path)
             chosen = Preprocess.from_json(data.get("preprocess", data))
         except (OSError, ValueError, AttributeError) as error:
             raise InputError(f"preprocess file {path} cannot be used: {error}") from error

@@ -133,7 +133,8 @@ def plan_bundle(
     require_intact(bundle)
     recorded = bundle.manifest["spec"]
     size = recorded.get("dynamic_size")
-    if "inputs" not in bundle.manifest or "contract" not in bundle.manifest:
+    contract = bundle.manifest.get("contract", {})
+    if "inputs" not in bundle.manifest or "convolutions" not in contract or "name" not in recorded:
         raise InputError(f"bundle {bundle.path} does not name its inputs: export it again")
     try:
         options = options_for(bundle, dla=dla_core)
@@ -163,11 +164,11 @@ def plan_bundle(
         str(bundle.path),
         build,
         [
-            PlannedFile(name=name, bytes=entry["bytes"], exists=True)
-            for name, entry in bundle.manifest["files"].items()
+            PlannedFile(name=name, bytes=(bundle.path / name).stat().st_size, exists=True)
+            for name in bundle.manifest["files"]
         ],
         places,
-        convolutions=bundle.manifest["contract"]["convolutions"],
+        convolutions=contract["convolutions"],
         stages=bundle_stages(places.decision),
         warnings=(),
         notes=(),

@@ -18,6 +18,7 @@ from exporter.prologue import Prologue, normalized, require_prologue, with_prolo
 from exporter.runnable import runnable
 from exporter.source import Source
 from exporter.spec import ExportSpec, Precision
+from exporter.text_file import read_text
 
 _OPTION = "--with-preprocess"
 
@@ -60,7 +61,7 @@ def choose_prologue(spec: ExportSpec, inputs: Inputs) -> Prologue | None:
 def _require_cache(path: Path, name: str) -> None:
     """Implicit INT8 would leave the first convolution in float, for lack of a scale."""
     try:
-        scales = parse_cache_text(path.read_text(encoding="utf-8"))
+        scales = parse_cache_text(read_text(path))
     except (OSError, UnicodeDecodeError, CalibrationTableError) as error:
         raise InputError(f"calibration cache {path} cannot be used: {error}") from error
     if name in scales:

@@ -23,6 +23,9 @@ from exporter.plain_chain import PlainChain, with_chain
 from exporter.quantize import quantize
 from exporter.quantizers import Quantized, QuantizerOptions
 from exporter.spec import Recipe
+from exporter.text_file import read_text
+
+_ANY_TENSORRT = "10.3.0"
 
 
 def load_table(path: Path) -> CalibrationTable:
@@ -33,7 +36,8 @@ def load_table(path: Path) -> CalibrationTable:
             scales of another type than INT8.
     """
     try:
-        table = CalibrationTable.loads(path.read_text("utf-8"))
+        table = CalibrationTable.loads(read_text(path))
+        _require_usable(table)
     except (OSError, UnicodeDecodeError, CalibrationTableError) as error:
         raise InputError(f"calibration table {path} cannot be used: {error}") from error
     if table.method == IMPORTED:
@@ -47,6 +51,19 @@ def load_table(path: Path) -> CalibrationTable:
             "int8: leave --calibration-table away to calibrate anew"
         )
     return table
+
+
+def _require_usable(table: CalibrationTable) -> None:
+    """What the table's own type leaves open, and an export relies on.
+
+    Raises:
+        CalibrationTableError: naming it.
+    """
+    table.to_cache_text(_ANY_TENSORRT)  # names that the bundle's cache could not hold
+    for key in ("keep_half", "keep_float"):
+        names = table.options.get(key, [])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise CalibrationTableError(f"option {key} must be a list of names, not {names!r}")
 
 
 def require_binding(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from exporter.errors import EnvironmentLackError
+from exporter.errors import EnvironmentLackError, GateFailedError
 from exporter.onnx_runner import OnnxRunner
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def runnable(
 
     Raises:
         EnvironmentLackError: if it must be emulated, and the onnx package is not installed.
+        GateFailedError: if it must be emulated, and is no graph that can be.
     """
     model = graph
     notes: tuple[str, ...] = ()
@@ -67,7 +68,12 @@ def runnable(
                 f"ONNX Runtime has no {precision} convolutions on the CPU, and emulating them "
                 "needs the onnx package: pip install onnx, or run the engine on a GPU"
             ) from error
-        model = emulated(onnx.load(graph) if isinstance(graph, Path) else graph)
+        try:
+            model = emulated(onnx.load(graph) if isinstance(graph, Path) else graph)
+        except Exception as error:
+            # What ONNX Runtime would refuse, onnx does not load, or cannot follow, in as many ways.
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise GateFailedError(f"the graph cannot be emulated: {reason}") from error
     return Runnable(
         model=model, optimize=precision in _RIGHT_WHEN_OPTIMIZED and not half_scales, notes=notes
     )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from exporter import parity
-from exporter.bundle import CHECKSUMS, MANIFEST, MODEL, Bundle
+from exporter.bundle import CHECKSUMS, MANIFEST, MODEL, PARITY, Bundle
 from exporter.device import (
     RunBackend,
     is_classifier,
@@ -21,7 +21,7 @@ from exporter.device import (
     output_names,
     require_intact,
 )
-from exporter.errors import EnvironmentLackError, GateFailedError
+from exporter.errors import EnvironmentLackError, GateFailedError, InputError
 from exporter.ledger import Ledger
 from exporter.onnx_runner import Batch, OnnxRunner, Outputs
 from exporter.parity import ORIGINAL, Gate, StageResult
@@ -102,6 +102,11 @@ class _Judge:
         gates = {row["stage"]: Gate(**row["tolerance"]) for row in recorded}
         precision = bundle.manifest["spec"]["precision"]
         # The export does not run the engine, so its row has no tolerance of its own.
+        for stage in (_SIMPLIFIED, precision):
+            if stage not in gates and (stage, precision) != (precision, "fp32"):
+                raise InputError(
+                    f"bundle {bundle.path} is damaged: {PARITY} says nothing of stage {stage}"
+                )
         gates[_ENGINE] = gates[precision if precision in gates else _SIMPLIFIED]
         return cls(
             batch=inputs if isinstance(inputs, tuple) else (inputs,),

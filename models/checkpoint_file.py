@@ -8,7 +8,9 @@ its names ``module.`` (DataParallel), ``_orig_mod.`` (torch.compile), ``model.``
 from __future__ import annotations
 
 import re
+import struct
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,9 @@ PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.")
 CLASSIFIERS = ("linear.weight", "linear.bias", "head.fc.weight", "head.fc.bias")
 """Names that stand beside ``backbone.`` where only the body is in that module."""
 _MAX_WRAPPERS = 4  # a damaged or malicious file may hold a mapping that holds itself
+_MOST_EXPANSION = 8
+_SMALL = 64 << 20
+"""Bytes that any file may unpack to."""
 _COUNTERS = re.compile(r"(^|\.)(num_batches_tracked|n_averaged)$")
 
 
@@ -72,6 +77,8 @@ def read_checkpoint_file(path: Path) -> CheckpointFile:
             f" under a name known for them; {elsewhere[0]!r} does: save that" if elsewhere else ""
         )
         raise CheckpointError(f"checkpoint {path} holds no tensors{hint}")
+    # A tensor can repeat one number 2^40 times, until somebody copies it.
+    _require_size(path, sum(_dense_bytes(tensor) for tensor in state.values()))
     state, prefixes = _unprefixed(state)
     return CheckpointFile(
         path=path,
@@ -150,7 +157,8 @@ def _is_safetensors(path: Path) -> bool:
     """By content (an 8-byte header length, then JSON); by suffix only where that says nothing."""
     try:
         if not path.is_file():
-            what = "is a folder, not a file" if path.is_dir() else "does not exist"
+            what = "is a folder, not a file" if path.is_dir() else "is not a regular file"
+            what = what if path.exists() else "does not exist"
             raise CheckpointError(f"checkpoint {path} {what}")
         with path.open("rb") as file:
             head = file.read(9)
@@ -176,7 +184,32 @@ def _read_safetensors(path: Path) -> Mapping[str, Tensor]:
         ) from error
 
 
+def _unpacked_bytes(path: Path) -> int:
+    """What the entries of a zip say that they hold; 0 for other files, and for damaged ones."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, struct.error, EOFError, NotImplementedError):
+        # torch.load reads it next, and its refusal says what is damaged.
+        return 0
+
+
+def _dense_bytes(tensor: Tensor) -> int:
+    return 0 if tensor.is_meta or tensor.is_sparse else tensor.numel() * tensor.element_size()
+
+
+def _require_size(path: Path, size: int) -> None:
+    """Weights hardly compress: what is much larger than its file is no checkpoint."""
+    most = _MOST_EXPANSION * path.stat().st_size + _SMALL
+    if size > most:
+        raise CheckpointError(
+            f"checkpoint {path} would unpack to {size / 1e9:.3g} GB out of a file of "
+            f"{path.stat().st_size / 1e6:.3g} MB: refused, no checkpoint compresses like that"
+        )
+
+
 def _read_torch(path: Path) -> object:
+    _require_size(path, _unpacked_bytes(path))
     try:
         # An open file, because of a path torch.load would look at the suffix.
         with path.open("rb") as file, warnings.catch_warnings():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import struct
 import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +154,35 @@ def test_slivers_are_refused() -> None:
     """An image one pixel wide is an error rather than gigabytes of enlarged pixels."""
     with pytest.raises(ImageDataError, match=r"^is too narrow: 1 x 10000 pixels$"):
         Preprocess()(Image.new("RGB", (1, 10_000)))
+
+
+def declared_png(path: Path, width: int, height: int) -> Path:
+    """A PNG whose header says this size; of its rows there is none."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        checksum = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + checksum
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    rows = chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + rows)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "message"),
+    [
+        (13_000, 13_000, r"is too large: 13000 x 13000, more than 90000000 pixels$"),
+        (20_000, 20_000, r"is too large to be a picture \("),
+        (1, 80_000_000, r"is too narrow: 1 x 80000000 pixels$"),
+    ],
+)
+def test_a_picture_that_would_fill_the_memory_is_refused_by_its_header(
+    width: int, height: int, message: str, tmp_path: Path
+) -> None:
+    """Not a row is decoded, as there is none to decode; no warning is left for the user."""
+    with pytest.raises(ImageDataError, match=message):
+        load_image(declared_png(tmp_path / "bomb.png", width, height), Preprocess())
 
 
 def test_undecodable_files_are_named(tmp_path: Path) -> None:
@@ -312,6 +343,10 @@ def test_json_round_trip(size: Any, fraction: Any, interpolation: Any, mean: Any
         ({"image_size": [True, 2]}, r"^image_size must be two positive integers"),
         ({"image_size": [0, 2]}, r"^image_size must be two positive integers"),
         ({"image_size": [2, 2, 2]}, r"^image_size must be two positive integers"),
+        (
+            {"image_size": [2**40, 1]},
+            r"^image_size 1099511627776 x 1 is more than 16777216 pixels$",
+        ),
         ({"image_size": 224}, r"^image_size must be two positive integers, not 224$"),
         ({"image_size": {"h": 1, "w": 2}}, r"^image_size must be two positive integers"),
         ({"crop_fraction": True}, r"^crop_fraction must be in \(0, 1\], not True$"),

@@ -35,6 +35,7 @@ MEASUREMENTS = {
     "make benchmark-paper": "benchmarks/paper.py",
     "make engine-table": "benchmarks/engine_table.py",
     "python benchmarks/kill.py --results benchmarks/results/kill.json": "benchmarks/kill.py",
+    "make fuzz": "benchmarks/fuzz.py",
     "python examples/train_digits_a0.py --out /tmp/digits": "examples/train_digits_a0.py",
 }
 """Take many minutes; the script that they run."""

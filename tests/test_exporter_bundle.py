@@ -624,6 +624,32 @@ def test_damaged_reference_inputs_are_named(tmp_path: Path, content: bytes | Non
         found.reference()
 
 
+@pytest.mark.parametrize(
+    ("images", "reason"),
+    [
+        (np.zeros((2, 3), np.float64), "images is no array of float32 or uint8"),
+        (np.zeros((), np.float32), "images is empty"),
+        (np.zeros((0, 3), np.float32), "images is empty"),
+        (np.zeros((5, 3), np.float32), "its arrays are of different numbers of images"),
+    ],
+)
+def test_reference_arrays_that_no_network_takes_are_named(tmp_path: Path, images, reason) -> None:
+    """Another type, no image, or more inputs than outputs."""
+    found = publish(tmp_path / "out")
+    np.savez(found.path / REFERENCE, images=images, logits=np.zeros((2, 3), np.float32))
+    with pytest.raises(InputError, match=f"cannot be read: {reason}"):
+        found.reference()
+
+
+def test_reference_inputs_that_unpack_to_gigabytes_are_refused_unread(tmp_path: Path) -> None:
+    """The archive's directory says how large its entries are."""
+    found = publish(tmp_path / "out")
+    zeros = np.zeros((2, 300 << 20), np.uint8)
+    np.savez_compressed(found.path / REFERENCE, images=zeros, logits=zeros[:, :1])
+    with pytest.raises(InputError, match=r"cannot be read: it unpacks to 0\.629 GB"):
+        found.reference()
+
+
 def test_reference_inputs_of_another_kind_are_named(tmp_path: Path) -> None:
     """An archive without the two arrays, or a single array, is no reference."""
     found = publish(tmp_path / "out")

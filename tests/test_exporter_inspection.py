@@ -456,6 +456,20 @@ def test_a_graph_that_fits_a_variant_is_held_against_the_contract(
     )
 
 
+def test_a_graph_that_contradicts_itself_is_refused_in_one_sentence(tmp_path):
+    """A shape of 2^40 numbers over 108 bytes, and a Cast that casts what it makes."""
+    declared, cyclic = conv_graph(), conv_graph()
+    weight = next(tensor for tensor in declared.graph.initializer if len(tensor.dims) == 4)
+    weight.dims[0] = 2**40
+    convolution = next(node for node in cyclic.graph.node if node.op_type == "Conv")
+    convolution.input[1] = "itself"
+    cyclic.graph.node.append(helper.make_node("Cast", ["itself"], ["itself"], to=1))
+    for name, model in (("declared", declared), ("cyclic", cyclic)):
+        (tmp_path / name).write_bytes(model.SerializeToString())
+        with pytest.raises(InputError, match=rf"{name} is a damaged ONNX model \("):
+            inspect_file(tmp_path / name)
+
+
 def test_nan_in_an_initializer_is_counted(tmp_path):
     """Every number of the kernel."""
     onnx.save(conv_graph(weight=math.nan), tmp_path / "g.onnx")

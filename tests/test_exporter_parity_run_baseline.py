@@ -179,6 +179,11 @@ def test_a_baseline_is_what_was_written(tmp_path):
         (None, "cannot be read: No such file or directory; --update-baseline writes it"),
         ("[]", "is not what --update-baseline writes"),
         ("{", "is not what --update-baseline writes"),
+        ("[" * 100_000, "is not what --update-baseline writes: it is nested too deeply"),
+        (
+            '{"schema_version": 1, "cases": {"a": {"int8": {"top1": 1' + "0" * 400 + "}}}}",
+            "is not what --update-baseline writes",
+        ),
         ('{"schema_version": 2, "cases": {}}', "has schema version 2, expected 1"),
         (
             '{"schema_version": 1, "cases": {"a": {"int8": {"snr": 1}}}}',

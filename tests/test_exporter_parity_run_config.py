@@ -154,6 +154,15 @@ def test_everything_wrong_is_told_together_each_with_its_table_and_key(written):
             "[[case]] 1, skip_bad_images: must be true or false, not 1",
         ),
         ("[[case]]\nmodel 3", "is no TOML: Expected '=' after a key"),
+        (
+            "[[case]]\nmodel" + ".a" * 3000 + " = 1",
+            "is no TOML: it is nested deeper than 10 levels",
+        ),
+        (
+            "[margins]\nsqnr_db = 1" + "0" * 400,
+            "[margins], sqnr_db: must be a number of at least 0",
+        ),
+        ("a = " + "[" * 100_000, "is no TOML: maximum recursion depth exceeded"),
     ],
 )
 def test_what_is_refused_says_where(written, text, sentence):

@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx
 import pytest
 
-from exporter.errors import EnvironmentLackError
+from exporter.errors import EnvironmentLackError, GateFailedError
 from exporter.precision import BFLOAT16, to_type
 from exporter.runnable import require_timeable, runnable
 
@@ -26,6 +26,14 @@ def test_a_graph_that_it_knows_is_run_as_it_is(precision: str, *, optimize: bool
     """Half graphs without optimizations; nothing has to be said about either."""
     way = runnable(Path("model.onnx"), precision)
     assert (Path("model.onnx"), optimize, ()) == (way.model, way.optimize, way.notes)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x08\x08", b"no graph"])
+def test_what_cannot_be_emulated_is_refused_in_a_sentence(tmp_path: Path, content: bytes) -> None:
+    """As ONNX Runtime refuses the graphs that it is handed itself."""
+    (tmp_path / "model.bf16.onnx").write_bytes(content)
+    with pytest.raises(GateFailedError, match=r"^(the graph cannot|ONNX Runtime)"):
+        runnable(tmp_path / "model.bf16.onnx", "bf16").open()
 
 
 def test_bf16_is_emulated_from_the_file_and_said(tmp_path: Path) -> None:

@@ -13,9 +13,11 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from exporter.errors import InputError
-from exporter.terminal import Streams, opened, streams
+from exporter.terminal import Streams, opened, sentence, streams, visible
 from exporter.terminal.progress import EVERY_S, _Lines, moves_its_cursor
 from exporter.terminal.run_log import RunLog
 
@@ -69,6 +71,40 @@ def test_a_log_that_cannot_be_written_is_refused_in_one_sentence(command, tmp_pa
     sentence = f"log file {tmp_path} cannot be written: Is a directory"
     assert (2, f"repvgg-export: {sentence}\n") == (done.returncode, done.stderr)
     assert f'{{"error": "{sentence}", "exit_code": 2}}\n' == done.stdout
+
+
+@given(st.text(st.characters(codec=None), max_size=50))
+def test_a_sentence_is_one_line_that_every_terminal_can_show(text):
+    """Line ends, colours and halves of surrogate pairs stand in it as Python writes them."""
+    line = sentence(f"a {text} b")
+    assert 1 == len(line.splitlines())
+    assert all(char == "\t" or (" " <= char and not "\x7f" <= char <= "\x9f") for char in line)
+    assert line.encode()
+    assert text.isprintable() <= (f"a {text} b" == line)
+
+
+def test_a_long_sentence_keeps_its_beginning_and_its_end():
+    """Megabytes of a file's text are no help to anybody."""
+    line = sentence(f"begin {'x' * 10**6} end")
+    assert len(line) < 3000
+    assert (line[:5], line[-3:]) == ("begin", "end")
+
+
+def test_lines_and_tabs_of_a_text_stay():
+    """Only what moves the cursor or changes colours is spelled out."""
+    assert "a\tb\nc \\x1b[31m" == visible("a\tb\nc \x1b[31m")
+
+
+def test_names_from_files_cannot_colour_the_terminal(tmp_path, command):
+    """Neither in an error nor in a table."""
+    path = tmp_path / "\x1b[31m\nred.cache"
+    path.write_text("TRT-8601-EntropyCalibration2\nimages: 3c000000\n")
+    shown = command("inspect", str(path))
+    path.write_text("TRT-8601-EntropyCalibration2\n\x1b[31mimages\n")
+    refused = command("inspect", str(path))
+    assert (0, 2) == (shown.returncode, refused.returncode)
+    assert "\x1b" not in shown.stdout + refused.stderr
+    assert 1 == len(refused.stderr.splitlines())
 
 
 def test_plain_progress_announces_a_stage_once_and_long_ones_again():

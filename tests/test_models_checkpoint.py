@@ -9,6 +9,7 @@ import pickle
 import re
 import struct
 import tracemalloc
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -398,7 +399,7 @@ def test_a_path_that_the_system_refuses_is_refused(tmp_path):
         "does not exist",
     )
     os.mkfifo(tmp_path / "pipe.pth")
-    assert refusal(tmp_path / "pipe.pth") == "does not exist"
+    assert refusal(tmp_path / "pipe.pth") == "is not a regular file"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
@@ -510,6 +511,26 @@ def test_random_bytes_raise_nothing_else(scratch, content):
     scratch.write_bytes(content)
     with pytest.raises(CheckpointError):
         load_checkpoint(scratch)
+
+
+def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path):
+    """A gigabyte of zeros that deflate to a megabyte: what torch.save writes is not compressed."""
+    torch.save({"a": torch.ones(3)}, tmp_path / "right.pth")
+    path = tmp_path / "bomb.pth"
+    with (
+        zipfile.ZipFile(tmp_path / "right.pth") as right,
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as bomb,
+    ):
+        for name in right.namelist():
+            bomb.writestr(name, bytes(200 << 20) if name.endswith("data/0") else right.read(name))
+    assert path.stat().st_size < 2**20
+    assert refusal(path).startswith("would unpack to 0.21 GB out of a file of ")
+
+
+def test_one_number_that_is_said_to_be_many_is_refused(tmp_path):
+    """A tensor of stride 0 declares 4 TB in a file of a kilobyte; copying it would need them."""
+    torch.save({"a": torch.zeros(1).expand(2**40)}, tmp_path / "w.pth")
+    assert refusal(tmp_path / "w.pth").startswith("would unpack to 4.4e+03 GB out of a file of ")
 
 
 @pytest.mark.parametrize("length", [2**63, 2**40, 2**31, 10**8, 9])

@@ -95,6 +95,7 @@ def test_make_engine_hands_every_variable_to_the_command():
         "benchmark",
         "benchmark-paper",
         "engine-table",
+        "fuzz",
         "docs",
         "audit",
         "gpu-test",

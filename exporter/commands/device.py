@@ -14,6 +14,7 @@ from exporter.console import print_json, print_ledger, print_note, print_table, 
 from exporter.errors import EXIT_DONE, GateFailedError, InputError
 from exporter.spec import choice
 from exporter.terminal import progress_bars
+from exporter.text_file import read_json
 
 if TYPE_CHECKING:
     from exporter.device import RunBackend
@@ -230,10 +231,10 @@ def _read_evaluation(path: Path) -> Any:
     from exporter.device.accuracy import Evaluation
 
     try:
-        return Evaluation.from_json(json.loads(path.read_text("utf-8")))
+        return Evaluation.from_json(read_json(path))
     except OSError as error:
         raise InputError(f"evaluation {path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise InputError(
             f"{path} is not what `evaluate --json` prints: {error or type(error).__name__}"
         ) from error

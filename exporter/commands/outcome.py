@@ -26,6 +26,7 @@ from exporter.errors import (
     GateFailedError,
 )
 from exporter.terminal import opened, streams
+from exporter.terminal import sentence as one_line
 
 _NAME = "repvgg-export"
 
@@ -91,7 +92,7 @@ def _failure(error: ExporterError | OSError, options: argparse.Namespace) -> int
         more["report"] = str(error.report)
     code = _fail(str(error), error.exit_code, as_json=options.json, more=more)
     if error.report:
-        streams().error(f"the report of the failure: {error.report}")
+        streams().error(one_line(f"the report of the failure: {error.report}"))
     return code
 
 
@@ -102,7 +103,7 @@ def _fail(
         print_json({"error": sentence, "exit_code": code, **(more or {})})
     own = streams()
     own.settle()
-    own.error(f"{_NAME}: {sentence}")
+    own.error(f"{_NAME}: {one_line(sentence)}")
     own.settle()
     return code
 

@@ -16,6 +16,7 @@ from exporter.console import print_json, print_note, print_table
 from exporter.errors import EXIT_DONE, GateFailedError, InputError
 from exporter.private_folder import scratch_folder
 from exporter.terminal import progress_bars, streams
+from exporter.terminal import sentence as one_line
 
 if TYPE_CHECKING:
     from exporter.cases import CaseResult
@@ -81,7 +82,7 @@ def _run(options: argparse.Namespace) -> int:
         print_note(f"note: baseline {options.baseline} holds the figures of this run")
     _tell(options, results, comparison, content)
     for sentence in sentences:
-        streams().error(f"repvgg-export: {sentence}")
+        streams().error(f"repvgg-export: {one_line(sentence)}")
     return code
 
 

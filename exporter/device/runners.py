@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,6 +23,7 @@ from exporter.profiles import BatchProfile
 from exporter.provenance import version
 from exporter.runnable import require_timeable, runnable
 from exporter.spec import choice
+from exporter.text_file import read_json
 
 
 class RunBackend(str, Enum):
@@ -194,7 +194,7 @@ def _engine_backend(bundle: Bundle) -> str:
             "device"
         )
     try:
-        return str(json.loads((bundle.path / ENGINE_SUMMARY).read_text("utf-8"))["backend"])
+        return str(read_json(bundle.path / ENGINE_SUMMARY)["backend"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"bundle {bundle.path}: {ENGINE_SUMMARY} does not say who made the engine ({error!r})"

@@ -14,6 +14,7 @@ from calibration.cache_text import CalibrationTableError, cache_text, parse_cach
 from exporter.engine.capabilities import Api, Capability, needs
 from exporter.engine.refusal import BadInputError
 from exporter.engine.tensorrt_names import IBuilderConfig
+from exporter.text_file import read_text
 
 
 def cache_for(path: Path, version: str) -> bytes:
@@ -26,7 +27,7 @@ def cache_for(path: Path, version: str) -> bytes:
         BadInputError: if the file cannot be read or is no calibration cache.
     """
     try:
-        scales = parse_cache_text(path.read_text(encoding="utf-8"))
+        scales = parse_cache_text(read_text(path))
         numbers = ".".join(version.split(".")[:3])
         return cache_text(scales, numbers).encode()
     except (OSError, UnicodeDecodeError, CalibrationTableError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from exporter.bundle import ENGINE_SUMMARY, MANIFEST, Bundle, file_sha256
 from exporter.inspection.finding import OWN_FORMAT, Inspection, Kind
 from exporter.plan_engine import DEFERRED
+from exporter.text_file import read_json
 
 
 def inspect_bundle(path: Path) -> Inspection:
@@ -18,7 +18,7 @@ def inspect_bundle(path: Path) -> Inspection:
     Raises:
         InputError: if the folder is no bundle.
     """
-    bundle = Bundle.load(path)
+    bundle = Bundle.read(path)
     damaged = bundle.damaged_files()
     spec = _mapping(bundle.manifest.get("spec"))
     model = _mapping(bundle.manifest.get("model"))
@@ -69,8 +69,8 @@ def _engine(bundle: Bundle, damaged: tuple[str, ...]) -> dict[str, Any]:
     if ENGINE_SUMMARY not in bundle.manifest["files"] or ENGINE_SUMMARY in damaged:
         return {}
     try:
-        return _mapping(json.loads((bundle.path / ENGINE_SUMMARY).read_text("utf-8")))
-    except (ValueError, RecursionError):
+        return _mapping(read_json(bundle.path / ENGINE_SUMMARY))
+    except (OSError, ValueError):
         return {}
 
 

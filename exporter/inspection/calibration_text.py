@@ -10,6 +10,7 @@ from calibration.table import CalibrationTable
 from exporter.bundle import file_sha256
 from exporter.errors import InputError
 from exporter.inspection.finding import OWN_FORMAT, Inspection, Kind
+from exporter.text_file import read_text
 
 
 def inspect_table(path: Path) -> Inspection:
@@ -61,7 +62,7 @@ def inspect_cache(path: Path) -> Inspection:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text("utf-8")
+        return read_text(path)
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is damaged: it is not text from byte {error.start} on") from error
 

@@ -34,9 +34,19 @@ def inspect_onnx(path: Path) -> Inspection:
     """Read a graph and hold it against the variants.
 
     Raises:
-        InputError: if it is no ONNX model, or its external data is missing.
+        InputError: if it is no ONNX model, or a damaged one, or its external data is missing.
     """
     model = _load(path)
+    try:
+        return _described(path, model)
+    except Exception as error:
+        # Nodes without inputs, names that are no text, attributes of another type: onnx loads all
+        # that, and whoever reads it stumbles in a way of its own.
+        reason = str(error) or type(error).__name__
+        raise InputError(f"{path} is a damaged ONNX model ({reason})") from error
+
+
+def _described(path: Path, model: onnx.ModelProto) -> Inspection:
     tensors = _constants(model)
     makers = {output: node for node in model.graph.node for output in node.output}
     layers = [node for node in model.graph.node if node.op_type in ("Conv", "Gemm")]
@@ -107,8 +117,12 @@ def _parameters(node: onnx.NodeProto, makers: Makers, tensors: Tensors) -> list[
     names = []
     for given in node.input[1:3]:
         name = given
+        seen = {name}
         while name in makers and makers[name].op_type in ("DequantizeLinear", "Cast"):
             name = makers[name].input[0]
+            if name in seen:
+                raise ValueError(f"{name} is computed from itself")
+            seen.add(name)
         names += [name] if name in tensors else []
     return names
 

@@ -19,6 +19,7 @@ from exporter.stage_cache import draft_inputs, float_inputs
 from exporter.stage_cache.keys import DRAFT, FLOAT
 from exporter.stage_cache.store import key_of
 from exporter.stage_cache.values import from_json, to_json
+from exporter.text_file import read_json
 from exporter.whole_file import write_whole
 
 STATE = "matrix.json"
@@ -111,7 +112,7 @@ def _text(spec: ExportSpec) -> str:
 def _read(path: Path) -> dict[str, tuple[str, CaseResult]]:
     """Keys and results of an earlier run, by name; nothing where there is no file, or a bad one."""
     try:
-        cells = json.loads(path.read_text("utf-8"))["cells"]
+        cells = read_json(path)["cells"]
         found = {}
         for cell in cells:
             key = cell.pop("key")

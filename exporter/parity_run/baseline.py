@@ -15,6 +15,7 @@ from typing import Any
 from exporter.cases.case_result import CaseResult, Figures
 from exporter.errors import InputError
 from exporter.parity_run.margins import KINDS, ROUNDING_DB, Margins
+from exporter.text_file import read_json
 from exporter.whole_file import write_whole
 
 SCHEMA_VERSION = 1
@@ -61,7 +62,7 @@ def read_baseline(path: Path) -> Baseline:
         InputError: if it cannot be read or is no baseline of this version.
     """
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = read_json(path)
         version, cases = content["schema_version"], content["cases"]
         baseline = {
             str(name): {
@@ -74,7 +75,7 @@ def read_baseline(path: Path) -> Baseline:
         raise InputError(
             f"baseline {path} cannot be read: {error.strerror}; --update-baseline writes it"
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(
             f"baseline {path} is not what --update-baseline writes: {error or type(error).__name__}"
         ) from error

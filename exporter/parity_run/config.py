@@ -134,7 +134,9 @@ def _margins(
     for key, value in table.items():
         if key not in KINDS:
             complaints.add(place, key, f"unknown{nearest(key, KINDS)}")
-        elif isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+        elif (
+            isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e300
+        ):
             complaints.add(place, key, f"must be a number of at least 0, not {value!r}")
         else:
             found[key] = float(value)

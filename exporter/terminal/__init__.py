@@ -7,5 +7,15 @@ the log file or nowhere; with ``--debug`` it goes where they send it.
 from exporter.terminal.progress import Progress, progress_bars
 from exporter.terminal.secret import ask_secret
 from exporter.terminal.streams import Streams, opened, streams
+from exporter.terminal.visible import sentence, visible
 
-__all__ = ["Progress", "Streams", "ask_secret", "opened", "progress_bars", "streams"]
+__all__ = [
+    "Progress",
+    "Streams",
+    "ask_secret",
+    "opened",
+    "progress_bars",
+    "sentence",
+    "streams",
+    "visible",
+]

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import BinaryIO, TextIO
 
 from exporter.terminal.run_log import RunLog
+from exporter.terminal.visible import visible
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,19 +39,19 @@ class Streams:
     def result(self, text: str) -> None:
         """On standard output."""
         self.record("result", text)
-        print(text, file=self.out)
+        print(visible(text), file=self.out)
 
     def note(self, text: str) -> None:
         """On standard error, unless quiet."""
         self.record("note", text)
         if not self.quiet:
-            print(text, file=self.err, flush=True)
+            print(visible(text), file=self.err, flush=True)
 
     def error(self, text: str) -> None:
         """On standard error, quiet or not; where that cannot be written the exit code remains."""
         self.record("error", text)
         with suppress(OSError):
-            print(text, file=self.err, flush=True)
+            print(visible(text), file=self.err, flush=True)
 
     def settle(self) -> None:
         """Write what is buffered; what cannot be written (a full disk) goes nowhere from now on."""

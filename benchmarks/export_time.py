@@ -23,7 +23,7 @@ def run_once(model: str, precision: str, out: Path) -> dict[str, float]:
     command = [sys.executable, "-m", "exporter", "engine", model, "--precision", precision]
     start = time.perf_counter()
     done = subprocess.run(
-        [*command, "--out", str(out), "--json", "--quiet"],
+        [*command, "--out", str(out), "--json", "--quiet", "--no-cache"],
         capture_output=True,
         text=True,
         check=True,

@@ -19,7 +19,9 @@ from corrupt_pictures import PICTURES
 from corrupt_text import CACHE, JSON, TOML
 from corrupt_weights import NUMPY, SAFETENSORS, TORCH, ZIP
 from corruption import BYTES, Corruption
-from fuzz_seeds import QUICK, Seeds, images_of
+from fuzz_seeds import QUICK, Seeds, adapt_checksums, images_of
+
+from exporter.bundle import CHECKSUMS
 
 _ENGINE = ("engine", "A0", *QUICK, "--out", "{out}")
 _INT8 = ("engine", "A0", "--precision", "int8", "--target", "sm90", "--calib-images", "16",
@@ -83,6 +85,7 @@ _READ = (
     "reference.npz",
     ".onnx",
     "calibration.json",
+    CHECKSUMS,
 )
 """What the commands open of a bundle."""
 _NAMES = ("wrong", "w r o n g", "wrong\nname", "wrong\udcff", "[red]wrong", "\x1b[31mwrong")
@@ -167,7 +170,9 @@ def _wrong_bundle(source: Path, target: Path, random: Random) -> str:
     words, content = corrupted(victim.read_bytes(), victim.suffix, random)
     victim.unlink()
     victim.write_bytes(content)
-    if victim.name != "manifest.json" and random.random() < 0.8:
+    if random.random() < 0.2 or victim.name == CHECKSUMS:
+        return f"{victim.name}: {words}"
+    if victim.name != "manifest.json":
         manifest_path = target / "manifest.json"
         manifest = json.loads(manifest_path.read_text("utf-8"))
         entry = manifest["files"].get(victim.name)
@@ -176,6 +181,7 @@ def _wrong_bundle(source: Path, target: Path, random: Random) -> str:
         manifest_path.unlink()
         manifest_path.write_text(json.dumps(manifest), "utf-8")
         words += ", manifest adapted"
+    adapt_checksums(target)
     return f"{victim.name}: {words}"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from fuzz_cases import Case
 from safetensors import safe_open
 
-from exporter.bundle import MANIFEST, Bundle
+from exporter.bundle import UNLISTED, Bundle
 
 CPU_SECONDS = 60
 PATIENCE_S = 240
@@ -107,6 +107,5 @@ def _is_whole(out: Path) -> bool:
         with safe_open(out, "pt") as file:
             return bool(file.keys())
     bundle = Bundle.load(out)
-    return not bundle.damaged_files() and {MANIFEST, *bundle.manifest["files"]} == {
-        path.name for path in out.iterdir()
-    }
+    names = {path.name for path in out.iterdir()}
+    return not bundle.damaged_files() and names - UNLISTED == bundle.manifest["files"].keys()

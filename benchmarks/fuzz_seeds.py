@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from exporter import export
+from exporter.bundle import CHECKSUMS
 from models.registry import BundledWeights, bundled_weights
 from models.repvgg import RepVGG
 from models.variants import Variant
@@ -148,6 +150,7 @@ def _as_from_images(folder: Path) -> None:
     manifest["preprocess"] = {"image_size": [_SIZE, _SIZE], "crop_fraction": 1.0}
     manifest["class_names"] = list(CLASSES)
     path.write_text(json.dumps(manifest, indent=2), "utf-8")
+    adapt_checksums(folder)
 
 
 def _weights(folder: Path, state: dict[str, torch.Tensor]) -> None:
@@ -198,3 +201,15 @@ def _command(*arguments: str) -> str:
     if done.returncode != 0:
         raise SystemExit(f"{arguments[0]} of a file in order failed: {done.stderr}")
     return done.stdout
+
+
+def adapt_checksums(folder: Path) -> None:
+    """Have SHA256SUMS say what the files are: a bundle made wrong by somebody who knows bundles."""
+    digests = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.iterdir()
+        if path.is_file() and path.name != CHECKSUMS
+    }
+    sums = folder / CHECKSUMS
+    sums.unlink(missing_ok=True)
+    sums.write_text("".join(f"{digests[name]}  {name}\n" for name in sorted(digests)), "utf-8")

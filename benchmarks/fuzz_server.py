@@ -21,6 +21,7 @@ import select
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 _ADDRESS_SPACE = 24 << 30
@@ -86,7 +87,13 @@ def _become_the_command(request: dict[str, Any]) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (_ADDRESS_SPACE, _ADDRESS_SPACE))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         os.chdir(request["cwd"])
-        os.environ.update(CANARY=request["canary"], TMPDIR=request["cwd"])
+        cache = Path(request["cwd"]).parent / "cache"
+        os.environ.update(
+            CANARY=request["canary"],
+            TMPDIR=request["cwd"],
+            REPVGG_EXPORT_CACHE=str(cache),
+            REPVGG_EXPORT_CACHE_LIMIT="300M",
+        )
         for name, descriptor in (("/dev/null", 0), (request["stdout"], 1), (request["stderr"], 2)):
             flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC if descriptor else os.O_RDONLY
             opened = os.open(name, flags, 0o644)

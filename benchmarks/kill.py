@@ -35,7 +35,7 @@ from typing import Any
 
 from kill_child import FILE_STEP, Run, in_child, write_bundle
 
-from exporter.bundle import MANIFEST, Bundle
+from exporter.bundle import MANIFEST, UNLISTED, Bundle
 from exporter.bundle_writer import BundleWriter
 
 SHARES = {"whole run": 0.5, "simplify": 0.05, "engine": 0.2, "publish": 0.25}
@@ -96,7 +96,7 @@ class Place:
             bundle = Bundle.load(self.out)
         except Exception as error:  # noqa: BLE001 - any of them is a finding
             return f"damaged: {error}"
-        names = {path.name for path in self.out.iterdir()} - {MANIFEST}
+        names = {path.name for path in self.out.iterdir()} - UNLISTED
         if bundle.damaged_files() or names != set(bundle.manifest["files"]):
             return f"damaged: {bundle.damaged_files()}, {sorted(names)}"
         return str((self.out / MANIFEST).stat().st_ino)

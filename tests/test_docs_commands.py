@@ -30,6 +30,7 @@ BY_CI = {"make test", "make docs", "make parity", "make parity MODEL=A0 PRECISIO
 """Run by .ci/run as they stand."""
 MEASUREMENTS = {
     "make benchmark-paper": "benchmarks/paper.py",
+    "make benchmark-pipeline": "benchmarks/pipeline.py",
     "make engine-table": "benchmarks/engine_table.py",
     "python examples/train_digits_a0.py --out /tmp/digits": "examples/train_digits_a0.py",
 }

@@ -13,9 +13,10 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from quantizer_job import resident_mib
 from quantizer_run import Failure, reason_of
@@ -97,7 +98,7 @@ def _watch(process: subprocess.Popen[bytes], limits: Limits) -> tuple[str | None
     return None, peak, own
 
 
-def _sizes(processes: Sequence[int] | Iterator[int]) -> Iterator[tuple[float, float]]:
+def _sizes(processes: Iterable[int]) -> Iterator[tuple[float, float]]:
     for each in processes:
         try:
             yield resident_mib(each)
@@ -132,6 +133,6 @@ def _busy_s() -> float:
     return (user + nice + system + interrupts + soft) / os.sysconf("SC_CLK_TCK")
 
 
-def _text(stream: tempfile._TemporaryFileWrapper[str]) -> str:
+def _text(stream: IO[str]) -> str:
     stream.seek(0)
     return stream.read()

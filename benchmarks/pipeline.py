@@ -195,6 +195,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def write(result: Result, out: Path) -> None:
+    """The result as JSON and text in ``out``; where that is the repository's folder, the page."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "pipeline.json").write_text(json.dumps(result, indent=1) + "\n")
+    (out / "pipeline.txt").write_text(text(result))
+    if out == RESULTS:
+        PAGE.write_text(page(result), encoding="utf-8")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else list(arguments)
     args = build_parser().parse_args(words)
@@ -210,14 +219,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "limits": {"memory_gib": args.memory_gib, "seconds": args.time_limit},
         "size": args.size,
         "repeats": args.repeats,
-        "rows": list(rows(args, args.methods)),
+        "rows": [],
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "pipeline.json").write_text(json.dumps(result, indent=1) + "\n")
-    (args.out / "pipeline.txt").write_text(text(result))
+    for row in rows(args, args.methods):
+        result["rows"].append(row)
+        write(result, args.out)  # each time, so that an interrupted run keeps what it has
     print(text(result))
-    if args.out == RESULTS:
-        PAGE.write_text(page(result), encoding="utf-8")
     return 0
 
 

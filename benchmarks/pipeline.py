@@ -8,7 +8,7 @@ Ours is the command ``repvgg-export engine`` with an empty stage cache, and once
 it left and another target. What a peer does, pipeline_child.py says. Neither makes an engine nor
 compares anything with the original network; ours does both, and ``parity on N`` is ours comparing
 on so many images, not on up to 512. A side that passes ``--memory-gib`` or ``--time-limit`` is
-stopped, and its figures are lower bounds. Images are made once, under build/. Writes
+stopped, and its figures are lower bounds. ``--cases A0:512 --keep`` measures one case again. Images are made once, under build/. Writes
 benchmarks/results/pipeline.json, pipeline.txt and docs/speed.md; ``--quick`` is for the tests.
 """
 
@@ -41,6 +41,7 @@ CHILD = ROOT / "benchmarks" / "pipeline_child.py"
 BUILD = ROOT / "build" / "pipeline"
 FEW_IMAGES = 64
 PEERS = ("onnxruntime Entropy", "onnxruntime MinMax", "modelopt entropy")
+METHODS = (OURS, AGAIN, FEW, *PEERS)
 CASES = (("A0", 64), ("A0", 512), ("A0", 2048), ("B3", 64))
 TARGET, OTHER_TARGET = "sm86", "sm89"
 # The user's, which a measurement must not inherit: each side decides for itself.
@@ -135,7 +136,7 @@ def rows(args: argparse.Namespace, methods: Sequence[str]) -> Iterator[dict[str,
     limits = Limits(memory_mib=args.memory_gib * 1024, seconds=args.time_limit)
     modelopt = open_modelopt(methods)
     for variant, count in args.cases:
-        images = textures_files.folder(BUILD, max(n for _, n in args.cases), args.size * 8 // 7)
+        images = textures_files.folder(BUILD, args.files, args.size * 8 // 7)
         best: dict[str, dict[str, Any]] = {}
         with tempfile.TemporaryDirectory() as folder:
             task = Task(
@@ -185,14 +186,32 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cases", type=case, nargs="+", default=list(CASES), metavar="MODEL:IMAGES"
     )
-    parser.add_argument("--methods", nargs="+", default=[OURS, AGAIN, FEW, *PEERS])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
+    parser.add_argument("--files", type=int, default=2048, help="image files to choose from")
     parser.add_argument("--size", type=int, default=224, help="pixels of an image")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--memory-gib", type=float, default=18)
     parser.add_argument("--time-limit", type=float, default=900, metavar="SECONDS")
     parser.add_argument("--quick", action="store_true", help="16 small images, one peer, no page")
+    parser.add_argument(
+        "--keep", action="store_true", help="leave the other cases of the result as they are"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     return parser
+
+
+def kept(out: Path, cases: Sequence[tuple[str, int]]) -> Result:
+    """The result in ``out`` without the rows of ``cases``."""
+    found: Result = json.loads((out / "pipeline.json").read_text())
+    rows = [row for row in found["rows"] if (row["variant"], row["images"]) not in cases]
+    return {**found, "rows": rows}
+
+
+def in_order(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By network, number of images and METHODS, in whatever order they were measured."""
+    return sorted(
+        rows, key=lambda row: (row["variant"], row["images"], METHODS.index(row["method"]))
+    )
 
 
 def write(result: Result, out: Path) -> None:
@@ -208,9 +227,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else list(arguments)
     args = build_parser().parse_args(words)
     if args.quick:
-        args.cases, args.size, args.methods = [("A0", 16)], 56, [OURS, AGAIN, PEERS[0]]
+        args.cases, args.files, args.size = [("A0", 16)], 16, 56
+        args.methods = [OURS, AGAIN, PEERS[0]]
+    before = kept(args.out, args.cases) if args.keep else {"commands": [], "rows": []}
+    command = shlex.join(["python", "benchmarks/pipeline.py", *words])
     result: Result = {
-        "command": shlex.join(["python", "benchmarks/pipeline.py", *words]),
+        "commands": list(dict.fromkeys([*before["commands"], command])),
         "machine": {
             **machine("onnxruntime", "onnxsim", "torch"),
             "modelopt": VERSION,
@@ -221,8 +243,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "repeats": args.repeats,
         "rows": [],
     }
+    made: list[dict[str, Any]] = []
     for row in rows(args, args.methods):
-        result["rows"].append(row)
+        made.append(row)
+        result["rows"] = in_order([*before["rows"], *made])
         write(result, args.out)  # each time, so that an interrupted run keeps what it has
     print(text(result))
     return 0

@@ -42,7 +42,8 @@ Each side is a fresh process; memory is the largest sum of the resident sets of 
 at one moment. *x time* and *x memory* are multiples of ours at the same images: above 1 the side
 is slower or larger. A side is stopped at {limit_gib:g} GiB or {limit_s:g} s; its figures are then
 lower bounds, marked >. *Others* is what the rest of the machine did meanwhile, in processors: times
-are comparable where it is near 0. {repeats}
+are comparable where it is near 0, ratios where it is alike. Everything takes about 40 minutes on
+2 idle cores; single cases can be measured again, as the script says. {repeats}
 """
 
 
@@ -50,7 +51,7 @@ def text(result: Result) -> str:
     """benchmarks/results/pipeline.txt."""
     machine, limits = result["machine"], result["limits"]
     head = [
-        f"$ {result['command']}",
+        *(f"$ {command}" for command in result["commands"]),
         f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB",
         f"a side is stopped at {limits['memory_gib']:g} GiB or {limits['seconds']:g} s",
         *summary(result),
@@ -151,16 +152,18 @@ def growth(result: Result) -> Table:
         for case in later:
             row, base = every[case].get(method), every[first].get(method)
             least = ">" if row and row.get("stopped") else ""
-            for key in ("wall_s", "peak_mib"):
+            for key in ("cpu_s", "peak_mib"):
                 value = ratio(row, base, key)
                 cells.append("" if value is None else f"{least}{value:.1f}")
-        lines.append(tuple(cells))
+        if any(cells[1:]):
+            lines.append(tuple(cells))
     return Table(
         title="Growth",
-        note=f"Multiples of the same side's own figures for {first[0]} and {first[1]} images.",
+        note=f"Multiples of the same side's own figures for {first[0]} and {first[1]} images. Time "
+        "is processor time here, which other programs on the machine disturb less.",
         header=(
             "side",
-            *(f"{model} {count}: {what}" for model, count in later for what in ("time", "memory")),
+            *(f"{model} {count}: {what}" for model, count in later for what in ("CPU", "memory")),
         ),
         rows=tuple(lines),
     )

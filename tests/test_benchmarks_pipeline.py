@@ -110,8 +110,8 @@ def result(tables) -> dict[str, Any]:
         "torch": "1", "onnxruntime": "2", "onnxsim": "3", "modelopt": "4",
     }  # fmt: skip
     return {
-        "command": "python benchmarks/pipeline.py", "machine": machine, "size": 224, "repeats": 1,
-        "limits": {"memory_gib": 18, "seconds": 900}, "rows": rows,
+        "commands": ["python benchmarks/pipeline.py"], "machine": machine, "size": 224,
+        "repeats": 1, "limits": {"memory_gib": 18, "seconds": 900}, "rows": rows,
     }  # fmt: skip
 
 
@@ -132,11 +132,19 @@ def test_the_summary_says_what_was_not_reached(tables, result):
 
 
 def test_growth_is_to_the_side_s_own_first_case(tables, result):
-    """Four times the images in twice the time and the same memory."""
+    """Four times the images in twice the processor time and the same memory."""
     more = row(tables.OURS, 20.0, 1000.0) | {"images": 2048}
     grown = tables.growth({**result, "rows": [*result["rows"], more]})
-    assert ("side", "A0 2048: time", "A0 2048: memory") == grown.header
+    assert ("side", "A0 2048: CPU", "A0 2048: memory") == grown.header
     assert (tables.OURS, "2.0", "1.0") == grown.rows[0]
+
+
+def test_cases_that_are_not_measured_again_can_be_kept(result, tmp_path):
+    """The rows of the case to be measured go, those of others stay, and so does the rest."""
+    pipeline = import_module("pipeline")
+    other = {**result["rows"][0], "images": 64}
+    pipeline.write({**result, "rows": [other, *result["rows"]]}, tmp_path)
+    assert {**result, "rows": [other]} == pipeline.kept(tmp_path, [("A0", 512)])
 
 
 def test_the_page_is_made_from_the_committed_result(tables):

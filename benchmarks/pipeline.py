@@ -8,8 +8,9 @@ Ours is the command ``repvgg-export engine`` with an empty stage cache, and once
 it left and another target. What a peer does, pipeline_child.py says. Neither makes an engine nor
 compares anything with the original network; ours does both, and ``parity on N`` is ours comparing
 on so many images, not on up to 512. A side that passes ``--memory-gib`` or ``--time-limit`` is
-stopped, and its figures are lower bounds. ``--cases A0:512 --keep`` measures one case again. Images are made once, under build/. Writes
-benchmarks/results/pipeline.json, pipeline.txt and docs/speed.md; ``--quick`` is for the tests.
+stopped, and its figures are lower bounds. ``--cases A0:512 --keep`` measures one case again. Images
+are made once, under build/. Writes benchmarks/results/pipeline.json, pipeline.txt and
+docs/speed.md; ``--quick`` is for the tests.
 """
 
 from __future__ import annotations

@@ -27,7 +27,8 @@ ENGINE = $(BIN)/repvgg-export engine $(call quoted,$(MODEL)) --precision $(call 
 	$(call option,--batch,$(BATCH)) $(call option,--image-size,$(IMAGE_SIZE)) \
 	--out $(call quoted,$(BUNDLE)) $(ARGS)
 
-.PHONY: engine parity test test-slow lint format benchmark benchmark-paper engine-table fuzz docs audit gpu-test clean
+.PHONY: engine parity test test-slow lint format benchmark benchmark-paper benchmark-pipeline \
+	engine-table fuzz docs audit gpu-test clean
 
 engine: $(READY)
 	@$(ENGINE)
@@ -73,6 +74,10 @@ benchmark: $(READY)
 # Train form, deploy form, VGG-16 and ResNet-50 side by side, as docs/paper.md.
 benchmark-paper: $(READY)
 	$(BIN)/python benchmarks/paper.py
+
+# From checkpoint and images to INT8, beside the peers' whole road, as docs/speed.md.
+benchmark-pipeline: $(READY)
+	$(BIN)/python benchmarks/pipeline.py
 
 # Every precision and target that TensorRT-RTX builds here, as docs/engines.md.
 engine-table: $(READY)

@@ -24,6 +24,8 @@ PACKAGES = (
     "onnxruntime",
     "onnxscript==0.7.2",
     "onnxslim==0.1.98",
+    "pillow",
+    "safetensors",
 )
 _TIMEOUT_S = 1800
 

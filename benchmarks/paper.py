@@ -18,18 +18,17 @@ import argparse
 import json
 import logging
 import math
-import platform
 import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import onnx
 from convolution_cost import layers_of
+from machine import machine
 from paper_int8 import QUANTIZERS, int8_kernels, quantized
 from paper_layers import layer_speeds, streamed_gb_per_s
 from paper_memory import measure
@@ -173,7 +172,7 @@ def run(effort: Effort, command: str, folder: Path) -> Result:
         one["latency"] = {str(b): turn.latency(key).to_json() for b, turn in turns.items()}
     return {
         "command": command,
-        "machine": _machine(),
+        "machine": machine("onnxruntime", "torch"),
         "image_size": list(effort.image_size),
         "reference": REFERENCE,
         "networks": described,
@@ -193,22 +192,6 @@ def run(effort: Effort, command: str, folder: Path) -> Result:
         "int8": int8_result(made, plain_keys, turns[1]),
         **layers_result(plain, effort),
     }  # fmt: skip
-
-
-def _machine() -> dict[str, Any]:
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "onnxruntime": metadata.version("onnxruntime"),
-        "torch": metadata.version("torch"),
-    }
-
-
-def _processor() -> str:
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text("utf-8").splitlines() if information.is_file() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.machine()
 
 
 def _say(words: str) -> None:

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime_ptq
 from ort_profile import open_session, session_options
-from quantizer_child import run_onnxruntime
-from quantizer_job import Job
 
 from exporter.image_set import ArrayImages
 from exporter.plain_chain import read_chain
@@ -38,17 +37,7 @@ def quantized(quantizer: str, source: Path, target: Path, image_size: tuple[int,
         opened = open_quantizer(model, chain, calibration, QuantizerOptions(), lambda _: None)
         onnx.save(opened.make(Recipe.MINMAX).graph, target)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "images.f32")
-        images.tofile(file)
-        job = Job(
-            method="onnxruntime MinMax",
-            source=str(source),
-            target=str(target),
-            images=str(file),
-            shape=shape,
-        )
-        run_onnxruntime(job, "MinMax")
+    onnxruntime_ptq.quantize(source, target, iter([images]), "MinMax")
 
 
 def int8_kernels(model: Path) -> tuple[int, int]:

@@ -16,15 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
-from onnxruntime.quantization import (
-    CalibrationDataReader,
-    CalibrationMethod,
-    QuantFormat,
-    QuantType,
-    quantize_static,
-)
+import onnxruntime_ptq
 from quantizer_job import Job, answer
 
 from calibration.recipe import RecipeOptions
@@ -56,17 +49,6 @@ class JobImages:
         return {"images": self.count, "sha256": digest.hexdigest()}
 
 
-class Reader(CalibrationDataReader):  # type: ignore[misc]
-    """A job's images for ONNX Runtime."""
-
-    def __init__(self, job: Job) -> None:
-        self._batches = job.batches()
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        batch = next(self._batches, None)
-        return None if batch is None else {"images": batch}
-
-
 def run_ours(job: Job, recipe: str) -> None:
     """One rung of the ladder."""
     model = onnx.load(job.source)
@@ -78,18 +60,7 @@ def run_ours(job: Job, recipe: str) -> None:
 
 
 def run_onnxruntime(job: Job, method: str) -> None:
-    """Per-channel weights and symmetric ranges, which is what TensorRT accepts."""
-    quantize_static(
-        job.source,
-        job.target,
-        Reader(job),
-        quant_format=QuantFormat.QDQ,
-        per_channel=True,
-        activation_type=QuantType.QInt8,
-        weight_type=QuantType.QInt8,
-        calibrate_method=getattr(CalibrationMethod, method),
-        extra_options={"ActivationSymmetric": True, "WeightSymmetric": True},
-    )
+    onnxruntime_ptq.quantize(Path(job.source), Path(job.target), job.batches(), method)
 
 
 def run_float(job: Job, _: str) -> None:

@@ -77,12 +77,17 @@ def answer(job: Job, work: Callable[[], None]) -> None:
     print(json.dumps({"seconds": seconds, "peak_growth_mib": peak - before, "peak_mib": peak}))
 
 
-def resident_mib(*, reset_peak: bool = False) -> tuple[float, float]:
-    """The resident set now and at its highest."""
+def resident_mib(process: int | None = None, *, reset_peak: bool = False) -> tuple[float, float]:
+    """The resident set of ``process``, else of this one, now and at its highest.
+
+    Raises:
+        OSError, KeyError: if there is no such process, or if it has ended.
+    """
+    place = Path("/proc", str(process or os.getpid()))
     if reset_peak:
         with contextlib.suppress(OSError):
-            Path(f"/proc/{os.getpid()}/clear_refs").write_text("5")
-    status = Path(f"/proc/{os.getpid()}/status").read_text()
+            (place / "clear_refs").write_text("5")
+    status = (place / "status").read_text()
     values = dict(line.split(":", 1) for line in status.splitlines())
     now, highest = (float(values[name].split()[0]) / 1024 for name in ("VmRSS", "VmHWM"))
     return now, highest

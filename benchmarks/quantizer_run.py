@@ -44,11 +44,12 @@ def run(job: Job, modelopt: Path | None = None) -> Cost | Failure:
         check=False,
     )
     if done.returncode != 0:
-        return Failure(reason=_reason(done, limited=job.address_space_mib is not None))
+        return Failure(reason=reason_of(done, limited=job.address_space_mib is not None))
     return Cost(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def _reason(done: subprocess.CompletedProcess[str], *, limited: bool) -> str:
+def reason_of(done: subprocess.CompletedProcess[str], *, limited: bool) -> str:
+    """Why a child ended without a result, in a few words."""
     # Under a limit a native library may die of a failed allocation without a word.
     if any(words in done.stderr for words in _OUT_OF_MEMORY) or (limited and done.returncode < 0):
         return "out of memory"

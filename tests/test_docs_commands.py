@@ -33,6 +33,7 @@ BY_CI = {
 """Run by .ci/run as they stand."""
 MEASUREMENTS = {
     "make benchmark-paper": "benchmarks/paper.py",
+    "make benchmark-pipeline": "benchmarks/pipeline.py",
     "make engine-table": "benchmarks/engine_table.py",
     "python benchmarks/kill.py --results benchmarks/results/kill.json": "benchmarks/kill.py",
     "make fuzz": "benchmarks/fuzz.py",

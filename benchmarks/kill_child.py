@@ -98,7 +98,7 @@ def write_bundle(out: Path) -> None:
     with BundleWriter(out) as writer:
         writer.write_text(PARITY, dumps({"verdict": "pass", "stages": []}))
         writer.path("model.onnx").write_bytes(os.urandom(1000))
-        writer.publish({"spec": {"precision": "fp32"}})
+        writer.publish({"spec": {"precision": "fp32", "batch": "1:8:32"}, "model": {}})
 
 
 def die_at_step(number: int) -> None:

@@ -54,7 +54,11 @@ def fill(writer: BundleWriter, mark: str) -> None:
 
 
 def manifest() -> dict[str, Any]:
-    return {"spec": {"precision": "fp32", "batch": "1:8:32"}, "preprocess": {"image_size": [4, 6]}}
+    return {
+        "spec": {"precision": "fp32", "batch": "1:8:32"},
+        "model": {},
+        "preprocess": {"image_size": [4, 6]},
+    }
 
 
 def publish(out: Path, mark: str = "new") -> Bundle:
@@ -453,7 +457,7 @@ with BundleWriter(out) as writer:
             file.write(b"half of it")
             file.flush()
             die()
-    writer.publish({"spec": {"precision": "fp32"}, "preprocess": {"image_size": [4, 6]}})
+    writer.publish({"spec": {"precision": "fp32", "batch": "1:8:32"}, "model": {}})
 """
 
 

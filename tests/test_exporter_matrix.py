@@ -187,7 +187,8 @@ def published(folder: Path, name: str) -> Cell:
     from exporter.bundle import file_sha256
 
     files = {"parity.json": {"sha256": file_sha256(out / "parity.json"), "bytes": 14}}
-    (out / MANIFEST).write_text(json.dumps({"schema_version": 1, "files": files}))
+    known = {"spec": {"precision": "fp32", "batch": "1:8:32"}, "model": {}}
+    (out / MANIFEST).write_text(json.dumps({"schema_version": 1, **known, "files": files}))
     return cell(name, out=str(out))
 
 

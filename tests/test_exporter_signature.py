@@ -65,7 +65,7 @@ def bundle(tmp_path: Path) -> Bundle:
     with BundleWriter(tmp_path / "bundles" / "b") as writer:
         writer.write_text(PARITY, json.dumps({"verdict": "pass", "stages": []}))
         writer.path("model.onnx").write_bytes(bytes(100))
-        return writer.publish({"spec": {"precision": "fp32", "batch": "1:8:32"}})
+        return writer.publish({"spec": {"precision": "fp32", "batch": "1:8:32"}, "model": {}})
 
 
 def nobody(_words: str) -> str | None:
@@ -158,7 +158,7 @@ def test_a_hash_that_is_changed_with_its_file_is_seen(bundle: Bundle, secret: Pa
     with BundleWriter(bundle.path.with_name("forged")) as writer:
         for name in bundle.manifest["files"]:
             shutil.copy(bundle.path / name, writer.path(name))
-        forged = writer.publish({key: bundle.manifest[key] for key in ("spec",)})
+        forged = writer.publish({key: bundle.manifest[key] for key in ("spec", "model")})
     for name in (signature_path(Path(name)).name for name in SIGNED):
         shutil.copy(bundle.path / name, forged.path / name)
     assert () == forged.damaged_files()

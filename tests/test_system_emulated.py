@@ -123,7 +123,8 @@ def test_a_plan_of_turing_foretells_the_bundle(emulated, capsys):
     given = ("--image-size", "32", "--classes", "1000", "--weights", "random")
     assert 0 == main(["plan", "A0", "--target", "t4", "--allow-emulated", *given, "--json"])
     plan = json.loads(capsys.readouterr().out)
-    assert ["quantize", "half", "engine"] == [row["stage"] for row in plan["stages"]][5:8]
+    stages = [row["stage"] for row in plan["stages"]]
+    assert ["quantize", "half", "evidence", "engine"] == stages[5:9]
     for file in plan["files"]:
         if file["bytes"] and file["name"] != "reference.npz":
             tolerance = 0.2 if file["name"] == "model.engine" else 0.02

@@ -170,12 +170,12 @@ def test_help_is_in_groups_and_ends_with_an_example_that_is_right(name, command)
 
 
 def test_the_options_of_an_export_are_grouped_by_what_they_are_about(command):
-    """Inputs, INT8, gates, engine and result have headings of their own."""
+    """Inputs, INT8, gates, engine, result and more have headings of their own."""
     text = command("engine", "--help").stdout
     headings = re.findall(r"^(\S.*):$", text, flags=re.MULTILINE)
     assert [
         "positional arguments", "options", "what goes in", "INT8", "gates", "engine",
-        "building the engine", "result", "terminal",
+        "building the engine", "result", "stage cache", "signature", "terminal",
     ] == headings  # fmt: skip
 
 

@@ -102,7 +102,9 @@ def quantized(chain: Chain, images: np.ndarray, **options: object) -> QuantizedC
 
 
 def sqnr_db(reference: np.ndarray, found: np.ndarray) -> float:
-    return float(10 * np.log10((reference**2).sum() / ((reference - found) ** 2).sum()))
+    # Equal to the last bit is infinitely close.
+    with np.errstate(divide="ignore"):
+        return float(10 * np.log10((reference**2).sum() / ((reference - found) ** 2).sum()))
 
 
 def results(found: QuantizedChain, chain: Chain, images: np.ndarray) -> list[np.ndarray]:

@@ -187,7 +187,15 @@ def published(folder: Path, name: str) -> Cell:
     from exporter.bundle import file_sha256
 
     files = {"parity.json": {"sha256": file_sha256(out / "parity.json"), "bytes": 14}}
-    (out / MANIFEST).write_text(json.dumps({"schema_version": 1, "files": files}))
+    manifest = {
+        "schema_version": 1,
+        "files": files,
+        "spec": {"precision": "fp32", "batch": "1:8:32", "build": {}},
+        "model": {"num_classes": 10},
+        "inputs": [{"name": "images", "shape": ["batch", 3, 8, 8]}],
+        "outputs": [{"name": "logits", "shape": ["batch", 10]}],
+    }
+    (out / MANIFEST).write_text(json.dumps(manifest))
     return cell(name, out=str(out))
 
 

@@ -208,26 +208,26 @@ def test_shards_change_no_byte_on_this_machine_and_on_a_cluster(
 
 
 @pytest.mark.slow
-def test_a_shard_says_what_one_process_says_of_a_broken_image(tmp_path: Path) -> None:
-    """The same sentence and exit code."""
+def test_a_shard_says_what_one_process_says_of_a_broken_image(tmp_path: Path, cluster: str) -> None:
+    """The same sentence and exit code, here and from a node."""
     folder = tmp_path / "images"
     folder.mkdir()
     for index in range(40):
         name = folder / f"{index:02}.png"
         Image.effect_noise((32, 32), 64 + index).convert("RGB").save(name)
     name.write_bytes(name.read_bytes()[:-100])
-    text = """
+    text = f"""
         [matrix]
         model = ["A0"]
         precision = ["fp32"]
         [defaults]
         weights = "random"
-        evaluation = "images"
+        evaluation = "{folder}"
         image_size = 32
         """
     said = set()
-    for shards in ("1", "2"):
-        process = matrix(tmp_path, text, "--shards", shards, out=f"o{shards}", cache="cache")
+    for arguments in ((), ("--shards", "2"), ("--ray", cluster, "--shards", "2")):
+        process = matrix(tmp_path, text, *arguments, out="out", cache="cache")
         (cell,) = finished(process, code=2)["cells"]
         said.add((cell["exit_code"], cell["message"]))
     ((code, message),) = said

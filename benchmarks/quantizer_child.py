@@ -22,6 +22,7 @@ from quantizer_job import Job, answer
 
 from calibration.recipe import RecipeOptions
 from exporter.chain_quantizer import observe_chain, quantize_observed
+from exporter.image_set import Pass, Result, unheard
 from exporter.onnx_runner import Batch, OnnxRunner
 from exporter.plain_chain import read_chain
 
@@ -30,6 +31,7 @@ class JobImages:
     """A job's images as an exporter.image_set.ImageSet that holds one batch at a time."""
 
     description = "benchmark"
+    first = 0
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -37,6 +39,11 @@ class JobImages:
 
     def batches(self) -> Iterator[Batch]:
         return ((batch,) for batch in self._job.batches())
+
+    def in_parts(
+        self, work: Pass[Result], advance: Callable[[float], None] = unheard
+    ) -> list[Result]:
+        return [work(self, advance)]
 
     def labels(self, _class_names: Sequence[str] | None, _num_classes: int) -> None:
         return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -22,10 +23,14 @@ _MOST_THREADS = 8
 
 
 class PixelMemory:
-    """Pixels of files by one :class:`Preprocess`, kept until there are ``limit`` bytes of them."""
+    """Pixels of files by one :class:`Preprocess`, kept until there are ``limit`` bytes of them.
+
+    ``name`` is like no other's, also in other processes.
+    """
 
     def __init__(self, preprocess: Preprocess, limit: int = KEPT_BYTES) -> None:
         self.preprocess = preprocess
+        self.name = uuid.uuid4().hex
         self._room = limit
         self._kept: dict[Path, PixelArray] = {}
         self._lock = threading.Lock()

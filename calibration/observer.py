@@ -216,13 +216,15 @@ def observe(
     run: Callable[[FloatArray], Mapping[str, FloatArray]],
     batches: Iterable[FloatArray],
     progress: Callable[[int], None] | None = None,
+    *,
+    first: int = 0,
 ) -> dict[str, TensorObserver]:
     """Observe every tensor that ``run`` returns, in one pass over ``batches``.
 
     ``run`` maps a batch ``[n, ...]`` to float32 tensors by name. ``progress`` receives the number
-    of images seen so far, after each batch. Memory does not grow with the number of images; the
-    result depends neither on the order nor on the size of the batches, provided that ``run``
-    computes each image alike whatever its neighbours.
+    of images seen so far, after each batch; errors count them from ``first``. Memory does not grow
+    with the number of images; the result depends neither on the order nor on the size of the
+    batches, provided that ``run`` computes each image alike whatever its neighbours.
 
     Raises:
         ObservationError: no images; no tensors; a tensor that comes and goes between batches, is
@@ -237,12 +239,13 @@ def observe(
         tensors = run(batch)
         if images == 0:
             observers = {name: TensorObserver() for name in tensors}
-        _require_same_names(set(observers), set(tensors), images)
+        _require_same_names(set(observers), set(tensors), first + images)
         for name, observer in observers.items():
             try:
                 observer.update(tensors[name])
             except (ObservationError, TypeError) as error:
-                where = f"tensor {name!r}, images {images} to {images + len(batch) - 1}"
+                start = first + images
+                where = f"tensor {name!r}, images {start} to {start + len(batch) - 1}"
                 raise type(error)(f"{where}: {error}") from error
         images += len(batch)
         if progress is not None:

@@ -7,17 +7,18 @@ of another product with constant weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial, reduce
 from typing import Any
 
 import onnx
 
 from calibration.images import Preprocess
-from calibration.observer import ObservationError, TensorObserver, observe
+from calibration.observer import ObservationError, TensorObserver, merge_observations, observe
 from calibration.table import CalibrationTable, TensorRange
 from calibration.threshold import Method, activation_scale, threshold
 from exporter.errors import InputError
 from exporter.graph import boundary_tensors, graph_sha256, with_outputs
-from exporter.image_set import ImageSet
+from exporter.image_set import Advance, ImageSet, unheard
 from exporter.onnx_runner import Batch, FloatArray, OnnxRunner
 
 PERCENTILE = 99.99
@@ -27,11 +28,13 @@ def observe_boundaries(
     model: onnx.ModelProto,
     batches: Iterable[Batch],
     progress: Callable[[int], None] | None = None,
+    *,
+    first: int = 0,
 ) -> Mapping[str, TensorObserver]:
     """Statistics of every boundary tensor of the float graph over ``batches``.
 
     One pass; memory depends on the batch size, not on the number of images. ``progress`` gets the
-    number of images done.
+    number of images done; ``first`` is the number of the first one, for errors.
     """
     boundaries = boundary_tensors(model)
     inputs = [value.name for value in model.graph.input]
@@ -52,22 +55,30 @@ def observe_boundaries(
             found |= runner.run(batch)
         return {name: found[name] for name in boundaries}
 
-    return observe(run, first_inputs(), progress)
+    return observe(run, first_inputs(), progress, first=first)
 
 
 def observe_images(
-    model: onnx.ModelProto, images: ImageSet, progress: Callable[[float], None] | None = None
+    model: onnx.ModelProto, images: ImageSet, progress: Advance = unheard
 ) -> Mapping[str, TensorObserver]:
-    """:func:`observe_boundaries` over calibration images; ``progress`` gets 0 to 1.
+    """:func:`observe_boundaries` over calibration images, in parts; ``progress`` gets 0 to 1.
 
     Raises:
         InputError: if an image cannot be read or the network's tensors are not finite.
     """
-    report = (lambda done: progress(done / images.count)) if progress else None
     try:
-        return observe_boundaries(model, images.batches(), report)
+        return reduce(merge_observations, images.in_parts(partial(_observe, model), progress))
     except ObservationError as error:
         raise InputError(f"calibration failed: {error}") from error
+
+
+def _observe(
+    model: onnx.ModelProto, images: ImageSet, progress: Advance
+) -> Mapping[str, TensorObserver]:
+    def report(done: int) -> None:
+        progress(done / images.count)
+
+    return observe_boundaries(model, images.batches(), report, first=images.first)
 
 
 def table_by(

@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -78,12 +79,13 @@ def observe_chain(
         InputError: if an image cannot be read, or there are none.
         GateFailedError: if the chain computes something else than ``model``.
     """
-    observers, sample = _stream(model, plain, images, progress)
+    found = _stream(model, plain, images, progress)
+    sample = found.sampler.images
     floats = survey(plain.chain, sample, OnnxKernels())
     _require_same(model, sample[:_CHECKED_IMAGES], floats.logits[:_CHECKED_IMAGES])
     return Observed(
         statistics=tuple(
-            s.within(observer) for s, observer in zip(floats.statistics, observers, strict=True)
+            s.within(observer) for s, observer in zip(floats.statistics, found.ranges, strict=True)
         ),
         floats=floats,
         sample=sample,
@@ -103,7 +105,7 @@ def observe_ranges(
     Raises:
         InputError: if an image cannot be read, or there are none.
     """
-    return tuple(_stream(model, plain, images, progress)[0])
+    return _stream(model, plain, images, progress).ranges
 
 
 def _stream(
@@ -111,25 +113,37 @@ def _stream(
     plain: PlainChain,
     images: ImageSet,
     progress: Callable[[float], None],
-) -> tuple[list[RangeObserver], FloatArray]:
-    """The range of every boundary over all images, and the sample of them."""
-    runner = OnnxRunner(_with_ranges(model, plain))
-    chain = plain.chain
-    widths = (*(s.in_channels for s in chain.stages), chain.stages[-1].out_channels)
-    observers = [RangeObserver(width) for width in widths]
+) -> _Seen:
+    """The range of every boundary over all images, and the sample of them; in parts."""
+    stages = plain.chain.stages
+    widths = (*(stage.in_channels for stage in stages), stages[-1].out_channels)
+    channels = dict(zip(plain.boundaries, widths, strict=True))
+    look = partial(_look, _with_ranges(model, plain), channels)
+    return reduce(_Seen.merge, images.in_parts(look, progress))
+
+
+def _look(
+    model: onnx.ModelProto,
+    channels: Mapping[str, int],
+    images: ImageSet,
+    progress: Callable[[float], None],
+) -> _Seen:
+    """One look at ``images`` by a graph of :func:`_with_ranges`, of boundaries so wide."""
+    runner = OnnxRunner(model)
+    observers = [RangeObserver(width) for width in channels.values()]
     sampler = Sampler()
     seen = 0
     for (batch,) in images.batches():
         sampler.update(batch)
         found = {name: pooled[:, :, 0, 0] for name, pooled in runner.run((batch,)).items()}
-        for observer, boundary in zip(observers, plain.boundaries, strict=True):
+        for observer, boundary in zip(observers, channels, strict=True):
             maxima = found[f"{boundary}/max"]
             # Behind a ReLU the least value is the sample's: 0, but for channels that never rest.
             negative = found.get(f"{boundary}/min")
             observer.add(maxima if negative is None else -negative, maxima)
         seen += len(batch)
         progress(seen / images.count)
-    return observers, sampler.images
+    return _Seen(ranges=tuple(observers), sampler=sampler)
 
 
 class Sampler:
@@ -147,12 +161,37 @@ class Sampler:
         if size == self._size:
             self._sample.update(batch)
 
+    def merge(self, other: Sampler) -> Sampler:
+        """One that has seen the images of both, those of ``other`` after its own."""
+        merged = Sampler()
+        merged._sample, merged._size = self._sample, self._size
+        if self._sample is None:
+            merged._sample, merged._size = other._sample, other._size
+        elif other._sample is not None and other._size == self._size:
+            merged._sample = self._sample.merge(other._sample)
+        return merged
+
     @property
     def images(self) -> FloatArray:
         """``[n, C, H, W]``; InputError where there were none."""
         if self._sample is None:
             raise InputError("there are no calibration images")
         return self._sample.images
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Seen:
+    """What one look at some images found; what looks at neighbours found merges exactly."""
+
+    ranges: tuple[RangeObserver, ...]
+    sampler: Sampler
+
+    def merge(self, other: _Seen) -> _Seen:
+        pairs = zip(self.ranges, other.ranges, strict=True)
+        return _Seen(
+            ranges=tuple(left.merge(right) for left, right in pairs),
+            sampler=self.sampler.merge(other.sampler),
+        )
 
 
 def _with_ranges(model: onnx.ModelProto, plain: PlainChain) -> onnx.ModelProto:

@@ -43,6 +43,7 @@ from exporter.precision_stage import Precise, apply_precision
 from exporter.prologue import Prologue
 from exporter.prologue_stage import choose_prologue, precede
 from exporter.spec import ExportSpec, Precision
+from exporter.spread import Spread
 from exporter.stage_cache import CachedStages, float_inputs
 from exporter.stage_cache.keys import FLOAT
 
@@ -56,12 +57,13 @@ def make_draft(
     *,
     inputs: Inputs | None = None,
     half_scales: bool = False,
+    spread: Spread | None = None,
 ) -> Draft:
     """Make the graphs that ``spec`` asks for, in ``folder``, and measure them.
 
-    ``inputs`` replaces what :func:`prepare` would load. ``half_scales`` is for targets that compute
-    INT8 in half. ``scene`` learns what a failed gate will have to tell. The float graph comes from
-    ``stages``.
+    ``inputs`` replaces what :func:`prepare` would load; ``spread`` helps to look at images.
+    ``half_scales`` is for targets that compute INT8 in half. ``scene`` learns what a failed gate
+    will have to tell. The float graph comes from ``stages``.
 
     Raises:
         GateFailedError: a gate failed.
@@ -69,7 +71,7 @@ def make_draft(
         EnvironmentLackError: this machine lacks something.
     """
     with clock.stage("load"):
-        inputs = inputs or prepare(spec)
+        inputs = inputs or prepare(spec, spread=spread)
         prologue = choose_prologue(spec, inputs)
     if inputs.source.trained is not None:
         stages.leave("the weights carry INT8 scales, whose network is not kept")

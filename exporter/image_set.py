@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +22,20 @@ from calibration.images import (
 )
 from exporter.errors import InputError
 from exporter.onnx_runner import BATCH_SIZE, Batch, FloatArray, Outputs, Runner
+from exporter.spread import Spread, cut
 
 LabelArray = npt.NDArray[np.int64]
+Sizes = list[tuple[int, ...]]
+Result = TypeVar("Result")
+Advance = Callable[[float], None]
+"""Gets the fraction of the images that is done, 0 to 1."""
+Pass: TypeAlias = "Callable[[ImageSet, Advance], Result]"
+"""One look at all images of a set. Where these may be spread it has to travel, as
+:mod:`exporter.spread` says, and what it returns must merge exactly."""
+
+
+def unheard(_fraction: float) -> None:
+    """Report nothing."""
 
 
 class ImageSet(Protocol):
@@ -36,6 +49,19 @@ class ImageSet(Protocol):
     @property
     def count(self) -> int:
         """How many images there are."""
+        ...
+
+    @property
+    def first(self) -> int:
+        """How many images of the whole come before these: 0 but in a part of a set."""
+        ...
+
+    def in_parts(self, work: Pass[Result], advance: Advance = unheard) -> list[Result]:
+        """Do ``work`` on all images: on the set as it is, or on parts of it at the same time.
+
+        Parts follow one another, and their batches are those of the whole. Raises what ``work``
+        does on the first part where it fails.
+        """
         ...
 
     def batches(self) -> Iterator[Batch]:
@@ -61,12 +87,17 @@ class ImageSet(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FolderImages:
-    """Image files, decoded once. ``skipped`` were unreadable and left out on request."""
+    """Image files, decoded once. ``skipped`` were unreadable and left out on request.
+
+    With a ``spread`` others help to look at them, who read the files at the same paths.
+    """
 
     folder: ImageFolder
     memory: PixelMemory
     description: str
     skipped: int = 0
+    spread: Spread | None = None
+    first: int = 0
 
     @property
     def preprocess(self) -> Preprocess:
@@ -75,7 +106,14 @@ class FolderImages:
 
     @classmethod
     def open(
-        cls, root: Path, preprocess: Preprocess, description: str, *, count: int, skip_bad: bool
+        cls,
+        root: Path,
+        preprocess: Preprocess,
+        description: str,
+        *,
+        count: int,
+        skip_bad: bool,
+        spread: Spread | None = None,
     ) -> FolderImages:
         """At most ``count`` images of ``root``, spread evenly.
 
@@ -90,12 +128,30 @@ class FolderImages:
         folder = folder.without(bad)
         if not folder.files:
             raise InputError(f"image folder {root} holds no readable image ({len(bad)} skipped)")
-        memory = PixelMemory(preprocess)
-        return cls(folder=folder, memory=memory, description=description, skipped=len(bad))
+        return cls(
+            folder=folder,
+            memory=PixelMemory(preprocess),
+            description=description,
+            skipped=len(bad),
+            spread=spread,
+        )
 
     @property
     def count(self) -> int:
         return len(self.folder.files)
+
+    def in_parts(self, work: Pass[Result], advance: Advance = unheard) -> list[Result]:
+        ranges = cut(self.count, self.spread.width, BATCH_SIZE) if self.spread else []
+        if self.spread is None or len(ranges) < 2:
+            return [work(self, advance)]
+        own, *others = (_Part.of(self, indices) for indices in ranges)
+        waiting = self.spread.start(partial(_work_on, work), others)
+        share = own.count / self.count
+        found = [work(own.images(self.memory), lambda done: advance(done * share))]
+        for part, wait in zip(others, waiting, strict=True):
+            found.append(wait())
+            advance((part.first + part.count) / self.count)
+        return found
 
     def batches(self) -> Iterator[Batch]:
         try:
@@ -136,6 +192,50 @@ class FolderImages:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """Neighbours in a :class:`FolderImages`, as they travel; ``memory`` is the name of its one."""
+
+    folder: ImageFolder
+    description: str
+    preprocess: Preprocess
+    memory: str
+    first: int
+
+    @classmethod
+    def of(cls, images: FolderImages, indices: range) -> _Part:
+        """The images of these places."""
+        files = images.folder.files[indices.start : indices.stop]
+        return cls(
+            folder=ImageFolder(images.folder.root, files),
+            description=images.description,
+            preprocess=images.preprocess,
+            memory=images.memory.name,
+            first=images.first + indices.start,
+        )
+
+    @property
+    def count(self) -> int:
+        return len(self.folder.files)
+
+    def images(self, memory: PixelMemory) -> FolderImages:
+        """The set, by pixels that ``memory`` has or will have."""
+        return FolderImages(
+            folder=self.folder, memory=memory, description=self.description, first=self.first
+        )
+
+
+def _work_on(work: Pass[Result], part: _Part) -> Result:
+    """What a helper does with a part; it keeps the pixels for the next pass over the same set."""
+    return work(part.images(_memory(part.memory, part.preprocess)), unheard)
+
+
+@lru_cache(maxsize=2)
+def _memory(_name: str, preprocess: Preprocess) -> PixelMemory:
+    """Of the set of this name; an export has two, and a file may be another one in the next."""
+    return PixelMemory(preprocess)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ArrayImages:
     """Inputs that the caller of the Python API has already preprocessed.
 
@@ -154,6 +254,15 @@ class ArrayImages:
     def count(self) -> int:
         return sum(len(chunk[0]) for chunk in self.chunks)
 
+    @property
+    def first(self) -> int:
+        return 0
+
+    def in_parts(self, work: Pass[Result], advance: Advance = unheard) -> list[Result]:
+        """Never in more than one: arrays are in this process, and what takes them is the caller's
+        own network, which may not travel."""
+        return [work(self, advance)]
+
     def batches(self) -> Iterator[Batch]:
         for chunk in self._merged():
             for start in range(0, len(chunk[0]), BATCH_SIZE):
@@ -161,7 +270,7 @@ class ArrayImages:
 
     def _merged(self) -> Iterator[Batch]:
         """Neighbours of one size as one, so that batches do not depend on how they were passed."""
-        for _, group in itertools.groupby(self.chunks, key=_sizes):
+        for _, group in itertools.groupby(self.chunks, key=sizes_of):
             yield tuple(np.concatenate(column) for column in zip(*group, strict=True))
 
     def labels(
@@ -194,20 +303,29 @@ class ArrayImages:
         }
 
 
-def _sizes(chunk: Batch) -> list[tuple[int, ...]]:
-    return [array.shape[1:] for array in chunk]
+def sizes_of(batch: Batch) -> Sizes:
+    """The shape of one image, for each input."""
+    return [array.shape[1:] for array in batch]
 
 
-def outputs_of(run: Runner, batches: Iterable[Batch]) -> Outputs:
+def outputs_of(run: Runner, batches: Iterable[Batch], own: Sizes | None = None) -> Outputs:
     """Run a network over all batches and join what it returns: each output ``[count, ...]``.
 
-    Batches of another size than the first have outputs of their own, ``NAME@HxW``.
+    Batches of another size than ``own``, the first one's if None, have outputs of their own,
+    ``NAME@HxW``.
     """
-    found: dict[str, list[FloatArray]] = {}
-    own: list[tuple[int, ...]] = []
+    found: list[Outputs] = []
     for batch in batches:
-        own = own or _sizes(batch)
-        mark = "" if own == _sizes(batch) else f"@{'x'.join(map(str, batch[0].shape[2:]))}"
-        for name, values in run(batch).items():
-            found.setdefault(f"{name}{mark}", []).append(values)
+        own = own or sizes_of(batch)
+        mark = "" if own == sizes_of(batch) else f"@{'x'.join(map(str, batch[0].shape[2:]))}"
+        found.append({f"{name}{mark}": values for name, values in run(batch).items()})
+    return joined(found)
+
+
+def joined(parts: Iterable[Outputs]) -> Outputs:
+    """Outputs of images that follow one another as those of all of them."""
+    found: dict[str, list[FloatArray]] = {}
+    for part in parts:
+        for name, values in part.items():
+            found.setdefault(name, []).append(values)
     return {name: np.concatenate(values) for name, values in found.items()}

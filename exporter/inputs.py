@@ -13,6 +13,7 @@ from exporter.image_set import FolderImages, ImageSet
 from exporter.network import Interface, classifier_interface
 from exporter.source import Source, load_network
 from exporter.spec import RANDOM, ExportSpec
+from exporter.spread import Spread
 from exporter.text_file import read_json
 
 
@@ -38,11 +39,13 @@ def prepare(
     source: Source | None = None,
     calibration: ImageSet | None = None,
     evaluation: ImageSet | None = None,
+    *,
+    spread: Spread | None = None,
 ) -> Inputs:
     """Load the network and find the images that ``spec`` names.
 
     ``source``, ``calibration`` and ``evaluation`` replace what would be loaded; without evaluation
-    images parity is measured on ``calibration``.
+    images parity is measured on ``calibration``. ``spread`` helps to look at folders of images.
 
     Raises:
         InputError: if something cannot be loaded, or the calibration images cannot decide scales.
@@ -61,9 +64,9 @@ def prepare(
     own = source.origin["source"] in (BUNDLED, RANDOM)
     needed = spec.calibration is not None or not known or (own and source.trained is None)
     if calibration is None and spec.precision.is_quantized and needed:
-        calibration = calibration_images(spec, _required(preprocess, "calibration"))
+        calibration = calibration_images(spec, _required(preprocess, "calibration"), spread)
     if evaluation is None:
-        evaluation, notes = evaluation_images(spec, _required(preprocess, "evaluation"))
+        evaluation, notes = evaluation_images(spec, _required(preprocess, "evaluation"), spread)
     data = None
     if spec.precision.is_quantized and calibration is not None:
         # ImageNet's is a guess where the caller prepared the arrays and does not say how.
@@ -128,7 +131,9 @@ def choose_preprocess(spec: ExportSpec, source: Source) -> Preprocess | None:
     return replace(chosen, image_size=size) if size else chosen
 
 
-def calibration_images(spec: ExportSpec, preprocess: Preprocess) -> FolderImages:
+def calibration_images(
+    spec: ExportSpec, preprocess: Preprocess, spread: Spread | None = None
+) -> FolderImages:
     """The images that decide the scales; never random data.
 
     Raises:
@@ -141,11 +146,11 @@ def calibration_images(spec: ExportSpec, preprocess: Preprocess) -> FolderImages
             "pass CALIB=folder (50 to 500 images)"
         )
     root, words = found
-    return _open(spec, root, preprocess, words, spec.calibration_images)
+    return _open(spec, root, preprocess, words, count=spec.calibration_images, spread=spread)
 
 
 def evaluation_images(
-    spec: ExportSpec, preprocess: Preprocess
+    spec: ExportSpec, preprocess: Preprocess, spread: Spread | None = None
 ) -> tuple[FolderImages, tuple[str, ...]]:
     """The real images on which all stages are compared, and notes on what they can show.
 
@@ -153,12 +158,24 @@ def evaluation_images(
         InputError: if the folder cannot be used.
     """
     root, words, notes = evaluation_root(spec)
-    return _open(spec, root, preprocess, words, spec.evaluation_images), notes
+    images = _open(spec, root, preprocess, words, count=spec.evaluation_images, spread=spread)
+    return images, notes
 
 
 def _open(
-    spec: ExportSpec, root: Path, preprocess: Preprocess, description: str, count: int
+    spec: ExportSpec,
+    root: Path,
+    preprocess: Preprocess,
+    description: str,
+    *,
+    count: int,
+    spread: Spread | None,
 ) -> FolderImages:
     return FolderImages.open(
-        root, preprocess, description, count=count, skip_bad=spec.skip_bad_images
+        root,
+        preprocess,
+        description,
+        count=count,
+        skip_bad=spec.skip_bad_images,
+        spread=spread,
     )

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import TypeVar
 
 from exporter import parity
 from exporter.comparison import accuracy
 from exporter.deviation import Localization
 from exporter.errors import GateFailedError
-from exporter.image_set import ImageSet, LabelArray, outputs_of
+from exporter.image_set import Advance, ImageSet, LabelArray, Sizes, joined, outputs_of, sizes_of
 from exporter.layer_figures import LayerTable
 from exporter.ledger import Ledger, MixedPrecision, Rung
 from exporter.localization import Suspect
@@ -28,6 +30,7 @@ MAX_OUTPUT_BYTES = 256 << 20
 LOCALIZATION_IMAGES = 4
 """Rounding is found on one image; a few more reach channels that are seldom active."""
 
+Result = TypeVar("Result")
 FLOAT_STAGES = ("onnx", "simplified")
 UNQUANTIZED = "original without its quantizers"
 
@@ -113,8 +116,17 @@ class Judge:
             self._limit = max(1, MAX_OUTPUT_BYTES // (image_bytes * BATCH_SIZE))
             self._count = sum(len(batch[0]) for batch in self._own_batches())
         if trained is not None:
+            # Its quantizers are hooks, which do not travel.
             self._unquantized = outputs_of(trained.run_float, self.batches())
-        return outputs_of(run, self.batches())
+            return outputs_of(run, self.batches())
+        return self._outputs(run)
+
+    def _outputs(self, run: Runner) -> Outputs:
+        return joined(self.in_parts(partial(outputs_of, run, own=self._own_sizes)))
+
+    @cached_property
+    def _own_sizes(self) -> Sizes:
+        return sizes_of(self.first_batch())
 
     def judged(self) -> Judged:
         """What a new judge needs to go on from here; not for a network with trained quantizers."""
@@ -140,6 +152,22 @@ class Judge:
     def batches(self) -> Iterator[Batch]:
         """Everything that each stage is run on."""
         yield from self._own_batches()
+        yield from self._further_batches()
+
+    def in_parts(self, work: Callable[[Iterator[Batch]], Result]) -> list[Result]:
+        """``work`` on :meth:`batches`, or on parts of them that follow one another.
+
+        ``work`` has to travel as :mod:`exporter.spread` says. Where not all images are compared,
+        outputs are so large that they had better stay in one process.
+        """
+        if self._limit is not None:
+            return [work(self.batches())]
+        found = self._images.in_parts(partial(_on_batches, work))
+        if self._further_sizes():
+            found.append(work(self._further_batches()))
+        return found
+
+    def _further_batches(self) -> Iterator[Batch]:
         for sides in self._further_sizes():
             yield self._resized(self.first_batch(), sides)
 
@@ -171,7 +199,7 @@ class Judge:
         """
         is_float = self._unquantized is not None and stage in FLOAT_STAGES
         reference = self._unquantized if is_float and self._unquantized else self.original
-        outputs = outputs_of(run, self.batches())
+        outputs = self._outputs(run)
         result = parity.judge_outputs(
             stage,
             reference,
@@ -269,3 +297,9 @@ class Judge:
     def skip(self, stage: str, reason: str) -> None:
         """Add a row for a stage that did not run."""
         self.ledger = self.ledger.with_stage(parity.not_run(stage, reason))
+
+
+def _on_batches(
+    work: Callable[[Iterator[Batch]], Result], images: ImageSet, _advance: Advance
+) -> Result:
+    return work(images.batches())

@@ -132,16 +132,22 @@ def flatten(value: Any, name: str = "output") -> Iterator[tuple[str, Tensor]]:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TorchRunner:
+    """``module`` as a function of arrays; it travels to other processes if the module does."""
+
+    module: nn.Module
+    names: tuple[str, ...]
+
+    def __call__(self, batch: Batch) -> Outputs:
+        with torch.no_grad():
+            tensors = [t for _, t in flatten(self.module(*map(torch.from_numpy, batch)))]
+        return {name: t.numpy() for name, t in zip(self.names, tensors, strict=True)}
+
+
 def torch_runner(module: nn.Module, interface: Interface) -> Runner:
     """``module`` as a function of arrays."""
-    names = [port.name for port in interface.outputs]
-
-    def run(batch: Batch) -> Outputs:
-        with torch.no_grad():
-            tensors = [t for _, t in flatten(module(*map(torch.from_numpy, batch)))]
-        return {name: t.numpy() for name, t in zip(names, tensors, strict=True)}
-
-    return run
+    return TorchRunner(module=module, names=tuple(port.name for port in interface.outputs))
 
 
 def multiply_accumulates(module: nn.Module, interface: Interface) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,12 +38,14 @@ class OnnxRunner:
     ONNX Runtime 1.32 computes wrong results on quantized graphs with half scales at its default
     level, so a graph that holds half tensors is judged without them. ``threads=0`` means as
     many as ``OMP_NUM_THREADS`` says, else all cores;
-    a runner of one thread may be called from several.
+    a runner of one thread may be called from several. It travels to other processes with its graph,
+    which nobody may change meanwhile.
     """
 
     def __init__(
         self, model: Path | onnx.ModelProto, *, optimize: bool = True, threads: int = 0
     ) -> None:
+        self._made_of = (model, optimize, threads)
         ort = _onnxruntime()
         options = ort.SessionOptions()
         options.log_severity_level = 3
@@ -69,6 +72,10 @@ class OnnxRunner:
             ) from error
         self.output_names = [output.name for output in self._session.get_outputs()]
         self.input_names = [value.name for value in self._session.get_inputs()]
+
+    def __reduce__(self) -> tuple[Callable[[Any], OnnxRunner], tuple[Any]]:
+        model, optimize, threads = self._made_of
+        return partial(OnnxRunner, optimize=optimize, threads=threads), (model,)
 
     def __call__(self, *inputs: FloatArray) -> FloatArray:
         """``[N, ...]`` float32 a graph input to its first output, usually the only one."""

@@ -30,6 +30,7 @@ from exporter.plan_engine import (
 )
 from exporter.publication import publish
 from exporter.spec import ExportSpec
+from exporter.spread import Spread
 from exporter.stage_cache import (
     CachedStages,
     StageStore,
@@ -68,13 +69,15 @@ def run(
     cache: StageStore | None = None,
     out: Path | None = None,
     signer: Signer | None = None,
+    spread: Spread | None = None,
 ) -> ExportResult:
     """Do everything that ``spec`` asks for and publish the bundle.
 
     ``inputs`` replaces what :func:`exporter.inputs.prepare` would load. With a ``cache`` stages
     that another run has made are taken from there; only for a spec without ``inputs``, which alone
     says what they depend on. ``out`` is where to publish in place of ``spec.out``, which the
-    manifest still names; ``signer`` signs what is published.
+    manifest still names; ``signer`` signs what is published. ``spread`` helps to look at images,
+    which changes no byte of what is made.
 
     Raises:
         GateFailedError: a gate failed; nothing is published.
@@ -102,6 +105,7 @@ def run(
             scene=scene,
             inputs=inputs,
             half_scales=decision.emulated,
+            spread=spread,
         )
         scene.show(draft)
         built = None
@@ -150,13 +154,21 @@ def _draft(
     scene: Scene,
     inputs: Inputs | None,
     half_scales: bool,
+    spread: Spread | None,
 ) -> Draft:
     def make() -> Draft:
         # Loads torch and onnx, which nobody needs where the draft is there already.
         from exporter.drafting import make_draft
 
         return make_draft(
-            spec, folder, clock, scene, stages, inputs=inputs, half_scales=half_scales
+            spec,
+            folder,
+            clock,
+            scene,
+            stages,
+            inputs=inputs,
+            half_scales=half_scales,
+            spread=spread,
         )
 
     return stages.get(

@@ -219,7 +219,7 @@ def _retype(kind: NarrowType, node: onnx.NodeProto) -> None:
 
 
 def largest_magnitudes(model: onnx.ModelProto, batches: Iterable[Batch]) -> Mapping[str, float]:
-    """The largest ``|x|`` over ``batches`` of every tensor that sums or multiplies."""
+    """The largest ``|x|`` over ``batches`` of every tensor that sums or multiplies; NaN wins."""
     graph = model.graph
     sizes = _computed_from_shapes(model)
     inferred = onnx.shape_inference.infer_shapes(model).graph
@@ -235,6 +235,11 @@ def largest_magnitudes(model: onnx.ModelProto, batches: Iterable[Batch]) -> Mapp
                 # Not max(): it would drop a NaN.
                 largest[name] = float(np.maximum(largest[name], np.max(np.abs(found))))
     return largest
+
+
+def larger(left: Mapping[str, float], right: Mapping[str, float]) -> Mapping[str, float]:
+    """:func:`largest_magnitudes` of the batches of both."""
+    return {name: float(np.maximum(found, right[name])) for name, found in left.items()}
 
 
 def require_half_range(magnitudes: Mapping[str, float]) -> None:

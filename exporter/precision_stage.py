@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial, reduce
 
 import onnx
 
@@ -25,6 +26,7 @@ from exporter.precision import (
     BFLOAT16,
     HALF,
     NarrowType,
+    larger,
     largest_magnitudes,
     require_half_range,
     to_type,
@@ -92,7 +94,7 @@ def _half_all_through(
 ) -> Precise:
     """For targets that compute INT8 in half: the Q/DQ graph with half scales, judged anew."""
     with stage("half"):
-        require_half_range(largest_magnitudes(precise.model, judge.batches()))
+        require_half_range(_magnitudes(precise.model, judge))
         graph = to_half_scales(precise.graph)
         way = runnable(graph, str(spec.precision), half_scales=True)
         judge.recheck("int8", way.open().run, _precision_gate(spec, inputs.source))
@@ -110,7 +112,7 @@ def _narrow(
 ) -> Precise:
     with stage(kind.name):
         if kind is HALF:
-            require_half_range(largest_magnitudes(model, judge.batches()))
+            require_half_range(_magnitudes(model, judge))
         graph = to_type(kind, model)
         way = runnable(graph, str(spec.precision))
         pair = GraphPair(reference="simplified", good=model, bad=graph)
@@ -267,3 +269,8 @@ def _precision_gate(spec: ExportSpec, source: Source) -> Gate:
     if spec.max_drop is not None:
         gate = replace(gate, max_top1_drop=spec.max_drop / 100)
     return gate
+
+
+def _magnitudes(model: onnx.ModelProto, judge: Judge) -> Mapping[str, float]:
+    """Of every tensor that half may not hold, over all that is judged."""
+    return reduce(larger, judge.in_parts(partial(largest_magnitudes, model)))

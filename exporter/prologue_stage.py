@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import onnx
@@ -114,10 +115,11 @@ def _preceded(model: onnx.ModelProto, prologue: Prologue) -> onnx.ModelProto:
 def _fed(runner: OnnxRunner, prologue: Prologue) -> Runner:
     """``runner``, which takes pixels, as what takes the normalized images that they become."""
 
-    def run(batch: Batch) -> Outputs:
-        return runner.run(prologue.pixels(batch))
+    return partial(_run_on_pixels, runner, prologue)
 
-    return run
+
+def _run_on_pixels(runner: OnnxRunner, prologue: Prologue, batch: Batch) -> Outputs:
+    return runner.run(prologue.pixels(batch))
 
 
 def _recheck(judge: Judge, stage: str, run: Runner) -> None:

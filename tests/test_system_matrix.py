@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+from PIL import Image
 
 SMALL = """
 calibration_images = 16
@@ -160,8 +161,15 @@ def test_a_cluster_that_loses_a_worker_makes_the_bundles_of_this_machine(
         assert ["pass"] * 4 * len(MODELS) == [cell["status"] for cell in cells]
         # The second target of each takes everything but the engine from the first.
         assert [cell["reused"] for cell in cells[1::2]] == [["draft"]] * 2 * len(MODELS)
-    for bundle in sorted((tmp_path / "local").glob("*/")):
-        twin = tmp_path / "out" / bundle.name
+    require_same_bundles(tmp_path / "local", tmp_path / "out")
+
+
+def require_same_bundles(expected: Path, found: Path) -> None:
+    """Byte for byte, but for engines and what names them."""
+    bundles = sorted(expected.glob("*/"))
+    assert bundles
+    for bundle in bundles:
+        twin = found / bundle.name
         assert {path.name for path in bundle.iterdir()} == {path.name for path in twin.iterdir()}
         for path in bundle.iterdir():
             if path.name not in NOT_THE_SAME:
@@ -173,3 +181,57 @@ def test_a_cluster_that_loses_a_worker_makes_the_bundles_of_this_machine(
                 name: file for name, file in manifest["files"].items() if name not in NOT_THE_SAME
             }
         assert manifests[0] == manifests[1]
+
+
+@pytest.mark.slow
+def test_shards_change_no_byte_on_this_machine_and_on_a_cluster(
+    tmp_path: Path, cluster: str
+) -> None:
+    """64 images in two and in three parts; four batches, so that one part has two."""
+    text = f"""
+        [matrix]
+        model = ["A0"]
+        precision = ["fp16", "int8"]
+        target = ["sm86"]
+        [defaults]
+        weights = "random"
+        {SMALL.replace("16", "64")}
+        """
+    runs = {
+        "whole": ("--jobs", "1", "--threads", "1"),
+        "three": ("--jobs", "1", "--threads", "1", "--shards", "3"),
+        "cluster": ("--ray", cluster, "--shards", "2"),
+    }
+    for name, arguments in runs.items():
+        ended = finished(matrix(tmp_path, text, *arguments, "--no-cache", out="out", cache=name))
+        assert ["pass", "pass"] == [cell["status"] for cell in ended["cells"]]
+        (tmp_path / "out").rename(tmp_path / name)
+        require_same_bundles(tmp_path / "whole", tmp_path / name)
+
+
+@pytest.mark.slow
+def test_a_shard_says_what_one_process_says_of_a_broken_image(tmp_path: Path, cluster: str) -> None:
+    """The same sentence and exit code, here and from a node."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for index in range(40):
+        name = folder / f"{index:02}.png"
+        Image.effect_noise((32, 32), 64 + index).convert("RGB").save(name)
+    name.write_bytes(name.read_bytes()[:-100])
+    text = f"""
+        [matrix]
+        model = ["A0"]
+        precision = ["fp32"]
+        [defaults]
+        weights = "random"
+        evaluation = "{folder}"
+        image_size = 32
+        """
+    said = set()
+    for arguments in ((), ("--shards", "2"), ("--ray", cluster, "--shards", "2")):
+        process = matrix(tmp_path, text, *arguments, out="out", cache="cache")
+        (cell,) = finished(process, code=2)["cells"]
+        said.add((cell["exit_code"], cell["message"]))
+    ((code, message),) = said
+    assert 2 == code
+    assert "39.png cannot be decoded" in message

@@ -10,6 +10,7 @@ from exporter.cases.case_result import CaseResult, Status
 from exporter.clock import Progress
 from exporter.errors import ExporterError, GateFailedError
 from exporter.request import ExportRequest, validate
+from exporter.spread import Spread
 from exporter.stage_cache import StageStore
 
 
@@ -20,17 +21,19 @@ def run_case(
     *,
     cache: StageStore | None = None,
     out: Path | None = None,
+    spread: Spread | None = None,
 ) -> CaseResult:
     """Export as ``request`` asks. A failed gate or an error becomes the result.
 
-    The bundle goes to ``out`` in place of the request's own, which the manifest still names.
+    The bundle goes to ``out`` in place of the request's own, which the manifest still names;
+    ``spread`` helps to look at images.
     """
     # It loads torch and onnx, which nobody needs before a configuration is known to be right.
     from exporter import pipeline
 
     start = time.perf_counter()
     try:
-        result = pipeline.run(validate(request), progress, cache=cache, out=out)
+        result = pipeline.run(validate(request), progress, cache=cache, out=out, spread=spread)
     except ExporterError as error:
         failed = isinstance(error, GateFailedError)
         evidence = (error.evidence if isinstance(error, GateFailedError) else None) or {}

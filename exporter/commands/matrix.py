@@ -30,8 +30,10 @@ def add_command(command: AddCommand) -> None:
     add("config", type=Path, help="a TOML file of axes; docs/matrix.md describes it")
     add = parser.add_argument_group("where it runs").add_argument
     add("--jobs", type=int, metavar="N", help="exports at once on this machine (default: one for "
-        "two cores)")  # fmt: skip
+        "two cores and shard)")  # fmt: skip
     add("--threads", type=int, metavar="N", help="of each export (default: the cores, shared out)")
+    add("--shards", type=int, default=1, metavar="N", help="cut the images of each export into N "
+        "parts that are looked at at the same time (default: 1)")  # fmt: skip
     add("--ray", metavar="ADDRESS", help="run on this Ray cluster: auto, HOST:PORT or "
         "ray://HOST:PORT")  # fmt: skip
     add("--no-cache", dest="cached", action="store_false", help="share no stages, and keep none")
@@ -47,7 +49,7 @@ def _run(options: argparse.Namespace) -> int:
     from exporter.matrix.page import rows_of
     from exporter.whole_file import write_whole
 
-    for name in ("jobs", "threads"):
+    for name in ("jobs", "threads", "shards"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise InputError(f"--{name} must be at least 1, not {value}")
     config = read_matrix(options.config)
@@ -91,12 +93,14 @@ def _pool(options: argparse.Namespace, state: MatrixState) -> AbstractContextMan
             threads=options.threads or 1,
             cached=options.cached,
             shared={name: keys.shared for name, keys in state.keys.items()},
+            shards=options.shards,
         )
     from exporter.matrix.subprocess_pool import SubprocessPool
 
-    jobs = options.jobs or max(1, cores // 2)
-    threads = options.threads or max(1, cores // jobs)
-    return SubprocessPool(width=jobs, threads=threads, cached=options.cached)
+    shards = options.shards
+    jobs = options.jobs or max(1, cores // (2 * shards))
+    threads = options.threads or max(1, cores // (jobs * shards))
+    return SubprocessPool(width=jobs, threads=threads, cached=options.cached, shards=shards)
 
 
 def _words(result: CaseResult) -> str:

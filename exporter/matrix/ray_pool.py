@@ -25,13 +25,14 @@ from exporter.cases import CaseResult, Status
 from exporter.errors import EnvironmentLackError, ExporterError
 from exporter.failure import failure_paths
 from exporter.matrix.config import Cell
+from exporter.matrix.ray_spread import RETRIES, RaySpread
 from exporter.matrix.subprocess_pool import thread_environment
 from exporter.matrix.worker import job, result_of, run_job
+from exporter.spread import Spread
 from exporter.stage_cache import StageStore, open_cache
 from exporter.stage_cache.store import packed, unpack_into
 from exporter.stage_cache.values import to_json
 
-RETRIES = 3
 _CONNECT_S = 10
 _BUNDLE = "bundle"
 
@@ -42,17 +43,25 @@ Shared = Sequence[tuple[str, str]]
 class RayPool:
     """A cluster at ``address``: ``auto``, ``HOST:PORT`` or ``ray://HOST:PORT``.
 
-    ``shared`` has each cell's stages for other cells. Used as a context manager.
+    ``shared`` has each cell's stages for other cells. Each cell's images are cut into ``shards``,
+    tasks of their own. Used as a context manager.
 
     Raises:
         EnvironmentLackError: Ray is not installed, or there is no such cluster.
     """
 
     def __init__(
-        self, address: str, *, threads: int, cached: bool, shared: Mapping[str, Shared]
+        self,
+        address: str,
+        *,
+        threads: int,
+        cached: bool,
+        shared: Mapping[str, Shared],
+        shards: int = 1,
     ) -> None:
         self._ray = _connect(address, threads)
         self._cached, self._shared = cached, shared
+        self._spread = RaySpread(width=shards, threads=threads)
         self._task = self._ray.remote(num_returns=3, num_cpus=threads, max_retries=RETRIES)(
             run_remotely
         )
@@ -67,14 +76,24 @@ class RayPool:
 
     @property
     def width(self) -> int:
-        """Ray itself holds back what there is no room for."""
-        return 10**6
+        """Ray itself holds back what there is no room for.
+
+        But of cells that wait for their shards, whose processors are free meanwhile, it would begin
+        one after the other, all in memory at once.
+        """
+        if self._spread.width == 1:
+            return 10**6
+        processors = int(self._ray.cluster_resources().get("CPU", 1))
+        return max(1, processors // self._spread.threads)
 
     def start(self, cell: Cell, after: tuple[str, ...]) -> None:
         """Begin a cell, with the stages that ``after`` made."""
         text = job(cell.name, cell.request, cached=self._cached)
         result, bundle, stages = self._task.remote(
-            text, list(self._shared[cell.name]), *(self._stages[name] for name in after)
+            text,
+            self._spread,
+            list(self._shared[cell.name]),
+            *(self._stages[name] for name in after),
         )
         self._running[result] = (cell, bundle)
         self._stages[cell.name] = stages
@@ -97,7 +116,7 @@ class RayPool:
 
 
 def run_remotely(
-    text: str, shared: Shared, *given: Sequence[bytes]
+    text: str, spread: Spread, shared: Shared, *given: Sequence[bytes]
 ) -> tuple[str, bytes, list[bytes]]:
     """Make a cell on the node that this runs on: its result, its bundle, its stages for others."""
     content = json.loads(text)
@@ -111,7 +130,7 @@ def run_remotely(
                     store.unpack(archive)
         results = folder / "results"
         results.mkdir()
-        result = run_job(json.dumps({**content, "out": str(results / _BUNDLE)}), store)
+        result = run_job(json.dumps({**content, "out": str(results / _BUNDLE)}), spread, store)
         own = [store.pack(stage, key) for stage, key in shared] if store else []
         stages = [archive for archive in own if archive is not None]
         return json.dumps(to_json(result)), packed(results), stages

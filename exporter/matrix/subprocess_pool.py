@@ -24,12 +24,14 @@ ATTEMPTS = 2
 class SubprocessPool:
     """``width`` processes at once, each computing with ``threads`` threads.
 
+    Each cuts its images into ``shards``, and has as many processes of as many threads for them.
     Used as a context manager: leaving it ends what still runs.
     """
 
     width: int
     threads: int
     cached: bool = True
+    shards: int = 1
     _ended: SimpleQueue[tuple[Cell, CaseResult]] = field(default_factory=SimpleQueue)
     _processes: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
     _closed: bool = False
@@ -76,7 +78,9 @@ class SubprocessPool:
             env={**os.environ, **thread_environment(number)},
         )
         self._processes[cell.name] = process
-        out, err = process.communicate(job(cell.name, cell.request, cached=self.cached))
+        out, err = process.communicate(
+            job(cell.name, cell.request, cached=self.cached, shards=self.shards)
+        )
         del self._processes[cell.name]
         return process.returncode, out, err
 

@@ -15,18 +15,26 @@ from typing import Any
 from exporter.cases import CaseResult, run_case
 from exporter.clock import silent
 from exporter.request import ExportRequest
+from exporter.spread import LocalSpread, Spread
 from exporter.stage_cache import StageStore, open_cache
 from exporter.stage_cache.values import from_json, to_json
 
 
-def job(name: str, request: ExportRequest, *, cached: bool, out: Path | None = None) -> str:
+def job(
+    name: str,
+    request: ExportRequest,
+    *,
+    cached: bool,
+    shards: int = 1,
+    out: Path | None = None,
+) -> str:
     """What :func:`main` reads."""
-    content = {"name": name, "request": asdict(request), "cached": cached}
+    content = {"name": name, "request": asdict(request), "cached": cached, "shards": shards}
     return json.dumps({**content, "out": None if out is None else str(out)})
 
 
-def run_job(text: str, cache: StageStore | None = None) -> CaseResult:
-    """Run a :func:`job`; ``cache`` replaces the user's."""
+def run_job(text: str, spread: Spread, cache: StageStore | None = None) -> CaseResult:
+    """Run a :func:`job`; ``spread`` helps with its images, ``cache`` replaces the user's."""
     content: dict[str, Any] = json.loads(text)
     if content["cached"] and cache is None:
         cache = open_cache()
@@ -36,6 +44,7 @@ def run_job(text: str, cache: StageStore | None = None) -> CaseResult:
         silent,
         cache=cache,
         out=None if content["out"] is None else Path(content["out"]),
+        spread=spread,
     )
 
 
@@ -44,7 +53,9 @@ def main() -> int:
     # What libraries print on file descriptor 1 must not be taken for the result.
     answer = os.dup(1)
     os.dup2(2, 1)
-    result = run_job(sys.stdin.read())
+    text = sys.stdin.read()
+    with LocalSpread(json.loads(text)["shards"]) as spread:
+        result = run_job(text, spread)
     with os.fdopen(answer, "w", encoding="utf-8") as file:
         file.write(json.dumps(to_json(result)))
     return 0

@@ -42,7 +42,10 @@ MEASUREMENTS = {
 """Take many minutes; the script that they run."""
 REFUSED = {
     "make gpu-test": (2, "no NVIDIA driver on this machine (libcuda.so.1 does not load)"),
-    "repvgg-export matrix matrix.toml --ray auto": (3, "no Ray cluster at auto"),
+    "repvgg-export matrix matrix.toml --ray auto --out build/cluster": (
+        3,
+        "no Ray cluster at auto",
+    ),
     "repvgg-export build BUNDLE": (3, "there is no GPU to build the engine for: no NVIDIA driver"),
 }
 """What a machine without a GPU must answer: exit code and the beginning of the sentence."""

@@ -23,7 +23,8 @@ import numpy.typing as npt
 import torch
 from quantizer_job import BATCH_SIZE
 
-from calibration.images import ImageFolder, Preprocess, batches
+from calibration.decoding import PixelMemory, batches
+from calibration.images import ImageFolder, Preprocess
 from models.checkpoint import load_checkpoint
 from models.fusion import reparameterize
 from models.variants import find_variant
@@ -48,7 +49,8 @@ class Road:
 
     def batches(self) -> Iterator[npt.NDArray[np.float32]]:
         folder = ImageFolder.open(Path(self.images)).take(self.count)
-        return batches(folder, Preprocess(image_size=(self.size, self.size)), BATCH_SIZE)
+        memory = PixelMemory(Preprocess(image_size=(self.size, self.size)))
+        return batches(folder, memory, BATCH_SIZE)
 
 
 def export(road: Road, target: Path) -> None:

@@ -8,7 +8,6 @@ gate ends the run.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +39,7 @@ from exporter.inputs import Inputs, prepare
 from exporter.judge import Judge, Judged
 from exporter.plan_commands import GraphInput
 from exporter.precision_stage import Precise, apply_precision
+from exporter.private_folder import scratch_folder
 from exporter.prologue import Prologue
 from exporter.prologue_stage import choose_prologue, precede
 from exporter.spec import ExportSpec, Precision
@@ -137,11 +137,11 @@ def _float_graph(
             fused = fuse_network(inputs, judges[0])
         return make_float_graph(spec, inputs, fused, judges[0], clock)
 
-    with tempfile.TemporaryDirectory() as temporary:
+    with scratch_folder("stages") as temporary:
         made = stages.get(
             FLOAT,
             lambda: float_inputs(spec),
-            Path(temporary),
+            temporary,
             make=make,
             load=load_float_graph,
             save=save_float_graph,

@@ -190,7 +190,8 @@ def test_a_graph_that_the_export_could_not_judge_is_not_run_here_either(
     ledger = verify(publish(tmp_path / "b", precision="int8", status="not_run"))
     assert ["pass", "not_run", "pass"] == [row.status for row in ledger.stages]
     assert "no CPU can" == ledger.stages[1].reason
-    assert INT8_GATE == ledger.stages[-1].gate.to_json()
+    # One of the 8 images may be answered otherwise.
+    assert {**INT8_GATE, "min_top1_agreement": 7 / 8} == ledger.stages[-1].gate.to_json()
 
 
 def test_an_engine_that_computes_something_else_fails(tmp_path: Path, monkeypatch):

@@ -64,6 +64,7 @@ def finished(process: subprocess.Popen[str], code: int = 0) -> dict[str, Any]:
     return result
 
 
+@pytest.mark.slow
 def test_a_failed_cell_stops_no_other_and_a_rerun_makes_only_it(tmp_path: Path) -> None:
     """Its gate is beyond reach; when it is not, the other cell is kept as it is."""
     text = f"""

@@ -14,7 +14,6 @@ import logging
 import os
 import shutil
 import socket
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from exporter.matrix.config import Cell
 from exporter.matrix.ray_spread import RETRIES, RaySpread
 from exporter.matrix.subprocess_pool import thread_environment
 from exporter.matrix.worker import job, result_of, run_job
+from exporter.private_folder import scratch_folder
 from exporter.spread import Spread
 from exporter.stage_cache import StageStore, open_cache
 from exporter.stage_cache.store import packed, unpack_into
@@ -120,8 +120,7 @@ def run_remotely(
 ) -> tuple[str, bytes, list[bytes]]:
     """Make a cell on the node that this runs on: its result, its bundle, its stages for others."""
     content = json.loads(text)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
+    with scratch_folder("matrix") as folder:
         store = None
         if content["cached"]:
             store = open_cache() or StageStore(root=folder / "cache", limit=1 << 40)
@@ -175,8 +174,7 @@ def _require_listener(address: str) -> None:
 
 def _receive(out: Path, archive: bytes) -> None:
     """Publish the bundle of a cell, or put the report of its failure beside."""
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
+    with scratch_folder("matrix") as folder:
         unpack_into(archive, folder)
         for path, kept in zip(failure_paths(folder / _BUNDLE), failure_paths(out), strict=True):
             kept.unlink(missing_ok=True)

@@ -29,6 +29,8 @@ from typing import Any
 
 from filelock import FileLock
 
+from exporter.private_folder import scratch_folder
+
 FORMAT = "v1"
 _ENTRY = "entry.json"
 _CHUNK = 1 << 20
@@ -136,16 +138,15 @@ class StageStore:
 
     def pack(self, stage: str, key: str) -> bytes | None:
         """An entry as a tar archive, for a machine that has another cache; None without it."""
-        with tempfile.TemporaryDirectory() as temporary:
-            if self.fetch(stage, key, Path(temporary)) is None:
+        with scratch_folder("stages") as folder:
+            if self.fetch(stage, key, folder) is None:
                 return None
-            shutil.copyfile(self._path(stage, key) / _ENTRY, Path(temporary) / _ENTRY)
-            return packed(Path(temporary))
+            shutil.copyfile(self._path(stage, key) / _ENTRY, folder / _ENTRY)
+            return packed(folder)
 
     def unpack(self, archive: bytes) -> None:
         """Store what :meth:`pack` packed; nothing happens where it is there already, or damaged."""
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
+        with scratch_folder("stages") as folder:
             unpack_into(archive, folder)
             with contextlib.suppress(DamagedEntryError, FileNotFoundError), _unless_damaged():
                 named = json.loads((folder / _ENTRY).read_text("utf-8"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from exporter.errors import EnvironmentLackError, InputError
+from exporter.private_folder import scratch_folder
 from exporter.stage_cache.store import EntryInfo, StageStore, key_of
 
 T = TypeVar("T")
@@ -156,8 +156,8 @@ class CachedStages:
     ) -> None:
         assert self.store is not None
         try:
-            with tempfile.TemporaryDirectory() as temporary:
-                self.store.put(stage, key, named, seconds, save(value, Path(temporary)))
+            with scratch_folder("stages") as temporary:
+                self.store.put(stage, key, named, seconds, save(value, temporary))
         except (OSError, NotImplementedError) as error:
             self._give_up(error)
 

@@ -27,7 +27,7 @@ from pathlib import Path
 import onnx
 import textures
 import torch
-from modelopt_environment import UnavailableError, modelopt_python
+from modelopt_environment import open_modelopt
 from quantizer_job import Job
 from quantizer_run import Cost, Failure, run
 from torch import nn
@@ -117,16 +117,6 @@ def table(costs: dict[int, dict[str, Cost | Failure]]) -> Iterator[str]:
     for method in next(iter(costs.values())):
         cells = (cell(found[method], found[FLOAT]) for found in costs.values())
         yield f"{method:24}" + "".join(cells)
-
-
-def open_modelopt(methods: Sequence[str]) -> Path | None:
-    if not any(method.startswith("modelopt") for method in methods):
-        return None
-    try:
-        return modelopt_python()
-    except UnavailableError as error:
-        print(error)
-        return None
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import subprocess
@@ -17,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from exporter import export
-from exporter.bundle import CHECKSUMS
+from exporter.bundle import CHECKSUMS, MANIFEST, checksums_text, file_sha256
 from models.registry import BundledWeights, bundled_weights
 from models.repvgg import RepVGG
 from models.variants import Variant
@@ -205,11 +204,10 @@ def _command(*arguments: str) -> str:
 
 def adapt_checksums(folder: Path) -> None:
     """Have SHA256SUMS say what the files are: a bundle made wrong by somebody who knows bundles."""
-    digests = {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in folder.iterdir()
-        if path.is_file() and path.name != CHECKSUMS
-    }
     sums = folder / CHECKSUMS
     sums.unlink(missing_ok=True)
-    sums.write_text("".join(f"{digests[name]}  {name}\n" for name in sorted(digests)), "utf-8")
+    files = {
+        path.name: {"sha256": file_sha256(path)} for path in folder.iterdir() if path.is_file()
+    }
+    manifest = files.pop(MANIFEST, {"sha256": ""})["sha256"]
+    sums.write_text(checksums_text(files, manifest), "utf-8")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import venv
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -60,3 +61,14 @@ def _run(command: list[str], what: str) -> None:
         raise UnavailableError(f"Model Optimizer: cannot {what} it ({last})") from error
     except subprocess.TimeoutExpired as error:
         raise UnavailableError(f"Model Optimizer: {what} takes over {_TIMEOUT_S} s") from error
+
+
+def open_modelopt(methods: Sequence[str]) -> Path | None:
+    """The interpreter if one of ``methods`` wants it; None, and a word why, where there is none."""
+    if not any(method.startswith("modelopt") for method in methods):
+        return None
+    try:
+        return modelopt_python()
+    except UnavailableError as error:
+        print(error)
+        return None

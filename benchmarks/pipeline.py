@@ -32,7 +32,7 @@ from typing import Any
 import textures_files
 from machine import machine
 from measured_process import Limits, Usage, measure
-from modelopt_environment import VERSION, UnavailableError, modelopt_python
+from modelopt_environment import VERSION, open_modelopt
 from pipeline_table import AGAIN, FEW, OURS, Result, page, text
 from quantizer_run import Failure
 
@@ -166,16 +166,6 @@ def weights(variant: str) -> Path:
         command = [sys.executable, str(CHILD), "prepare", variant, str(target)]
         subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     return target
-
-
-def open_modelopt(methods: Sequence[str]) -> Path | None:
-    if not any(method.startswith("modelopt") for method in methods):
-        return None
-    try:
-        return modelopt_python()
-    except UnavailableError as error:
-        print(error)
-        return None
 
 
 def case(words: str) -> tuple[str, int]:

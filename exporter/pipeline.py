@@ -201,7 +201,7 @@ def _engine(
         return make()
     return stages.get(
         ENGINE,
-        lambda: engine_inputs(spec, request, backend, half_scales=decision.emulated),
+        lambda: engine_inputs(stages.named[DRAFT], request, backend),
         folder,
         make=make,
         load=load_engine,

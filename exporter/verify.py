@@ -101,12 +101,12 @@ class _Judge:
         recorded = bundle.parity["stages"]
         gates = {row["stage"]: Gate(**row["tolerance"]) for row in recorded}
         precision = bundle.manifest["spec"]["precision"]
-        # The export does not run the engine, so its row has no tolerance of its own.
         for stage in (_SIMPLIFIED, precision):
             if stage not in gates and (stage, precision) != (precision, "fp32"):
                 raise InputError(
                     f"bundle {bundle.path} is damaged: {PARITY} says nothing of stage {stage}"
                 )
+        # The export does not run the engine, so its row has no tolerance of its own.
         gates[_ENGINE] = gates[precision if precision in gates else _SIMPLIFIED]
         return cls(
             batch=inputs if isinstance(inputs, tuple) else (inputs,),

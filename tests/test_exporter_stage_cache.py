@@ -198,6 +198,13 @@ def test_a_field_changes_the_keys_from_its_stage_on(
     assert draft_inputs(before, half_scales=False) != draft_inputs(after, half_scales=False)
 
 
+def test_the_inputs_of_a_draft_have_those_of_its_float_graph() -> None:
+    """So that nothing is hashed twice."""
+    for precision in (Precision.INT8, Precision.FP16):
+        own = spec(precision=precision)
+        assert float_inputs(own) == keys.float_part(draft_inputs(own, half_scales=False))
+
+
 @pytest.mark.parametrize("changed", [{"target": "sm89"}, {"out": Path("b")}, {"backend": "x"}])
 def test_what_only_the_builder_sees_leaves_the_draft_as_it_is(changed: dict[str, object]) -> None:
     before, after = spec(), spec(**changed)

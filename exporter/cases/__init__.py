@@ -4,11 +4,11 @@
 what is left of it.
 """
 
-from exporter.cases.case_result import CaseResult, Status
+from exporter.cases.case_result import CaseResult, Status, exit_code_of
 from exporter.cases.complaints import Complaints, nearest
 from exporter.cases.request_keys import KEYS, Layers, read_values
 from exporter.cases.run import run_case
-from exporter.cases.toml_file import SAFE_NAME, read_toml, table_of
+from exporter.cases.toml_file import SAFE_NAME, read_toml, table_of, tables_of
 
 __all__ = [
     "KEYS",
@@ -17,9 +17,11 @@ __all__ = [
     "Complaints",
     "Layers",
     "Status",
+    "exit_code_of",
     "nearest",
     "read_toml",
     "read_values",
     "run_case",
     "table_of",
+    "tables_of",
 ]

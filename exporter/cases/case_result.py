@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
+
+from exporter.errors import EXIT_DONE, GateFailedError
 
 ENGINE_CONTENTS = "engine contents"
 FILES = "files"
@@ -81,3 +83,11 @@ class CaseResult:
             "notes": list(self.notes),
             "reused": list(self.reused),
         }
+
+
+def exit_code_of(results: Sequence[CaseResult]) -> int:
+    """That of all together: a failed gate counts before what kept a case from running."""
+    codes = [result.exit_code for result in results if result.exit_code != EXIT_DONE]
+    if GateFailedError.exit_code in codes:
+        return GateFailedError.exit_code
+    return codes[0] if codes else EXIT_DONE

@@ -54,3 +54,14 @@ def table_of(content: Mapping[str, Any], name: str, complaints: Complaints) -> d
         return table
     complaints.add("the file", name, f"must be a table, headed [{name}]")
     return {}
+
+
+def tables_of(
+    content: Mapping[str, Any], name: str, complaints: Complaints
+) -> list[dict[str, Any]]:
+    """The tables ``[[name]]`` in their order."""
+    tables = content.get(name, [])
+    if isinstance(tables, list) and all(isinstance(table, dict) for table in tables):
+        return tables
+    complaints.add("the file", name, f"must be tables, each headed [[{name}]]")
+    return []

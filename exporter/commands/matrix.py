@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from exporter.commands import AddCommand
 from exporter.commands.export import prepare_export
 from exporter.console import print_json, print_line, print_note, print_table
-from exporter.errors import EXIT_DONE, GateFailedError, InputError
+from exporter.errors import InputError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -45,6 +45,7 @@ def add_command(command: AddCommand) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     prepare_export()
+    from exporter.cases import exit_code_of
     from exporter.matrix import INDEX, MatrixState, index_page, read_matrix, run_cells
     from exporter.matrix.page import rows_of
     from exporter.whole_file import write_whole
@@ -78,7 +79,7 @@ def _run(options: argparse.Namespace) -> int:
     for row in rows:
         if row.result.message is not None:
             print_note(f"{row.cell.name}: {row.result.message}")
-    return _exit_code([row.result for row in rows])
+    return exit_code_of([row.result for row in rows])
 
 
 def _pool(options: argparse.Namespace, state: MatrixState) -> AbstractContextManager[Pool]:
@@ -133,11 +134,3 @@ def _table(rows: Sequence[Row]) -> Table:
             "yes" if row.cell.name in best else "",
         )
     return table
-
-
-def _exit_code(results: Sequence[CaseResult]) -> int:
-    """A failed gate counts before what kept a cell from running."""
-    codes = [result.exit_code for result in results if result.exit_code != EXIT_DONE]
-    if GateFailedError.exit_code in codes:
-        return GateFailedError.exit_code
-    return codes[0] if codes else EXIT_DONE

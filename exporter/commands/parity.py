@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from exporter.commands import AddCommand
 from exporter.commands.export import prepare_export
 from exporter.console import print_json, print_note, print_table
-from exporter.errors import EXIT_DONE, GateFailedError, InputError
+from exporter.errors import GateFailedError, InputError
 from exporter.private_folder import scratch_folder
 from exporter.terminal import progress_bars, streams
 from exporter.terminal import sentence as one_line
@@ -104,11 +104,10 @@ def _run_cases(config: ParityConfig, options: argparse.Namespace) -> tuple[CaseR
 
 
 def _exit_code(results: Sequence[CaseResult], comparison: Comparison) -> int:
-    """A failed gate or figure counts before what kept a case from running."""
-    codes = [result.exit_code for result in results if result.exit_code != EXIT_DONE]
-    if comparison.regressions or GateFailedError.exit_code in codes:
-        return GateFailedError.exit_code
-    return codes[0] if codes else EXIT_DONE
+    """A failed figure counts as a failed gate."""
+    from exporter.cases import exit_code_of
+
+    return GateFailedError.exit_code if comparison.regressions else exit_code_of(results)
 
 
 def _write(

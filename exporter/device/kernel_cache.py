@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
+from exporter.user_cache import user_cache
+
 
 class CacheState(str, Enum):
     """How an engine started: COLD compiled everything, WARM began with a cache, OFF wanted none."""
@@ -55,10 +57,7 @@ def cache_folder() -> Path:
     Raises:
         RuntimeError: if there is neither the variable nor a home directory.
     """
-    # The specification has relative paths ignored.
-    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    base = given if given.is_absolute() else Path.home() / ".cache"
-    return base / "repvgg-exporter" / "kernels"
+    return user_cache("kernels")
 
 
 class KernelCache:

@@ -40,6 +40,7 @@ from exporter.cases import (
     read_toml,
     read_values,
     table_of,
+    tables_of,
 )
 from exporter.errors import InputError
 from exporter.request import ExportRequest
@@ -89,11 +90,11 @@ def read_matrix(path: Path) -> MatrixConfig:
     defaults = table_of(content, "defaults", complaints)
     overrides = [
         _Override.of(table, place, path.parent, complaints)
-        for place, table in _tables(content, "override", complaints)
+        for place, table in _placed(content, "override", complaints)
     ]
     excludes = [
         _condition(table, place, complaints)
-        for place, table in _tables(content, "exclude", complaints)
+        for place, table in _placed(content, "exclude", complaints)
     ]
     shared = read_values(defaults, "[defaults]", path.parent, complaints, apart=())
     cells: dict[str, Cell] = {}
@@ -146,14 +147,12 @@ def _product(axes: Mapping[str, tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
             yield place
 
 
-def _tables(
+def _placed(
     content: Mapping[str, Any], name: str, complaints: Complaints
 ) -> list[tuple[str, dict[str, Any]]]:
-    tables = content.get(name, [])
-    if isinstance(tables, list) and all(isinstance(table, dict) for table in tables):
-        return [(f"[[{name}]] {number}", table) for number, table in enumerate(tables, 1)]
-    complaints.add("the file", name, f"must be tables, each headed [[{name}]]")
-    return []
+    """The tables ``[[name]]``, each with what it is called."""
+    tables = tables_of(content, name, complaints)
+    return [(f"[[{name}]] {number}", table) for number, table in enumerate(tables, 1)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,8 +15,8 @@ from exporter.matrix.config import Cell
 from exporter.provenance import versions
 from exporter.request import validate
 from exporter.spec import ExportSpec
-from exporter.stage_cache import draft_inputs, float_inputs
-from exporter.stage_cache.keys import DRAFT, FLOAT
+from exporter.stage_cache import draft_inputs
+from exporter.stage_cache.keys import DRAFT, FLOAT, float_part
 from exporter.stage_cache.store import key_of
 from exporter.stage_cache.values import from_json, to_json
 from exporter.text_file import read_json
@@ -41,7 +41,7 @@ class Keys:
         try:
             draft = draft_inputs(spec, half_scales=False)
             shared = (
-                (FLOAT, key_of(FLOAT, float_inputs(spec))),
+                (FLOAT, key_of(FLOAT, float_part(draft))),
                 (DRAFT, key_of(DRAFT, draft)),
             )
         except InputError:

@@ -26,7 +26,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exporter.cases import SAFE_NAME, Complaints, Layers, nearest, read_toml, read_values, table_of
+from exporter.cases import (
+    SAFE_NAME,
+    Complaints,
+    Layers,
+    nearest,
+    read_toml,
+    read_values,
+    table_of,
+    tables_of,
+)
 from exporter.errors import InputError
 from exporter.parity_run.margins import KINDS, Margins
 from exporter.request import ExportRequest
@@ -70,11 +79,8 @@ def read_config(path: Path) -> ParityConfig:
         defaults=read_values(defaults, "[defaults]", path.parent, complaints, apart=()),
         margins=_margins(margins, "[margins]", Margins(), complaints),
     )
-    tables = content.get("case", [])
-    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-        complaints.add("the file", "case", "must be tables, each headed [[case]]")
-        tables = []
-    elif not tables:
+    tables = tables_of(content, "case", complaints)
+    if content.get("case", []) == []:
         complaints.add("the file", "case", "there is none; head each with [[case]]")
     cases: list[Case] = []
     for number, table in enumerate(tables, 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,6 +38,7 @@ GATE_WORDS = {
 }
 
 
+@functools.cache
 def environment() -> Environment:
     """The templates of all pages; every text from outside is escaped."""
     found = Environment(

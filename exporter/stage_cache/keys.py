@@ -66,6 +66,7 @@ _LIBRARIES = ("python", "torch", "onnx", "onnxruntime", "onnxsim", "numpy", "Pil
 _PACKAGES = ("exporter", "models", "calibration")
 _CODE = (".py", ".json", ".j2", ".css")
 _SHOWN = 16
+_DRAFT_FILES = ("calibration", "calibration_table", "calibration_cache")
 
 
 def float_inputs(spec: ExportSpec) -> Inputs:
@@ -102,12 +103,22 @@ def draft_inputs(spec: ExportSpec, *, half_scales: bool) -> Inputs:
     }
 
 
-def engine_inputs(
-    spec: ExportSpec, request: BuildRequest, backend: Backend, *, half_scales: bool
-) -> Inputs:
-    """Those of the engine that ``backend`` builds from the draft of ``spec``."""
+def float_part(draft: Inputs) -> Inputs:
+    """Of the inputs of a draft, those of its float graph, without reading a file again."""
+    later = {*DRAFT_FIELDS, *_DRAFT_FILES, "half_scales"}
+    return {name: text for name, text in draft.items() if name not in later}
+
+
+def engine_inputs(draft: Inputs, request: BuildRequest, backend: Backend) -> Inputs:
+    """Those of the engine that ``backend`` builds from the draft with these inputs.
+
+    Raises:
+        InputError: if it is not known what the draft was made from.
+    """
+    if not draft:
+        raise InputError("the draft was made from files that cannot be read")
     return {
-        **draft_inputs(spec, half_scales=half_scales),
+        **draft,
         "target": ",".join(request.targets),
         "backend": f"{backend.name} {backend.version()}",
         "batch": str(request.batch),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from exporter.errors import InputError
 from exporter.stage_cache.store import StageStore
+from exporter.user_cache import user_cache
 
 CACHE_VARIABLE = "REPVGG_EXPORT_CACHE"
 LIMIT_VARIABLE = "REPVGG_EXPORT_CACHE_LIMIT"
@@ -30,13 +31,10 @@ def open_cache() -> StageStore | None:
     limit = parse_size(os.environ.get(LIMIT_VARIABLE, "") or str(DEFAULT_LIMIT))
     if named:
         return StageStore(root=Path(named).absolute(), limit=limit)
-    # The specification has relative paths ignored.
-    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
-        base = given if given.is_absolute() else Path.home() / ".cache"
+        return StageStore(root=user_cache("stages"), limit=limit)
     except RuntimeError:
         return None
-    return StageStore(root=base / "repvgg-exporter" / "stages", limit=limit)
 
 
 def parse_size(text: str) -> int:

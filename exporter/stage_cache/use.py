@@ -59,6 +59,8 @@ class CachedStages:
     why_not: str = OFF
     uses: list[StageUse] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    named: dict[str, Mapping[str, str]] = field(default_factory=dict)
+    """The inputs of each stage, as they were when it was asked for."""
 
     def leave(self, reason: str) -> None:
         """Keep nothing of this run from here on."""
@@ -80,7 +82,7 @@ class CachedStages:
         has into the folder that it is given and names all files of the entry.
         """
         start = time.perf_counter()
-        named = self._inputs(inputs)
+        named = self.named[stage] = self._inputs(inputs)
         with ExitStack() as held:
             key = key_of(stage, named)
             found = self._fetch(held, stage, key, folder)

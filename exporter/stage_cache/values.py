@@ -5,6 +5,7 @@ By the types of their fields (cattrs), never by pickling: an entry is read as da
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,6 +44,7 @@ def from_json(content: Any, kind: type[T]) -> T:
         raise ValueError(f"this is no {kind.__name__}") from error
 
 
+@functools.cache
 def _converter() -> cattrs.Converter:
     converter = cattrs.Converter()
     converter.register_structure_hook(int | str, lambda value, _: value)

@@ -128,12 +128,15 @@ def print_ledger(parity: Mapping[str, Any], title: str) -> None:
     table = Table(title=f"{title}: {parity['image_count']} images ({parity['images']}){words}")
     table.add_column("stage")
     table.add_column("status")
-    for heading in ("SQNR dB", "max |diff|", "cosine", "agreement", "top-1"):
+    counts = {row.get("images") for row in parity["stages"] if row["status"] != "not_run"}
+    headings = ("images",) if counts - {None, parity["image_count"]} else ()
+    for heading in (*headings, "SQNR dB", "max |diff|", "cosine", "agreement", "top-1"):
         table.add_column(heading, justify="right")
     for row in parity["stages"]:
         table.add_row(
             row["stage"],
             row["status"].replace("_", " "),
+            *(_figure(row.get("images"), "{}") for _ in headings),
             _figure(row["sqnr_db"], "{:.1f}"),
             _figure(row["max_abs"], "{:.3g}"),
             _figure(row["cosine"], "{:.6f}"),

@@ -42,6 +42,7 @@ from exporter.precision_stage import Precise, apply_precision
 from exporter.private_folder import scratch_folder
 from exporter.prologue import Prologue
 from exporter.prologue_stage import choose_prologue, precede
+from exporter.simplify import started_simplifier
 from exporter.spec import ExportSpec, Precision
 from exporter.spread import Spread
 from exporter.stage_cache import CachedStages, float_inputs
@@ -132,10 +133,13 @@ def _float_graph(
     judges: list[Judge] = []
 
     def make() -> FloatGraph:
-        with clock.stage("reparameterize"):
-            judges.append(judge_of())
-            fused = fuse_network(inputs, judges[0])
-        return make_float_graph(spec, inputs, fused, judges[0], clock)
+        with started_simplifier() as simplifier:
+            with clock.stage("reparameterize"):
+                judges.append(judge_of())
+                fused = fuse_network(inputs, judges[0])
+            return make_float_graph(
+                spec, inputs, fused, judges[0], clock=clock, simplifier=simplifier
+            )
 
     with scratch_folder("stages") as temporary:
         made = stages.get(

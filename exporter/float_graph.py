@@ -27,7 +27,7 @@ from exporter.module_localization import ModulePair
 from exporter.network import torch_runner
 from exporter.onnx_export import export_network, export_onnx
 from exporter.onnx_runner import OnnxRunner
-from exporter.simplify import simplify
+from exporter.simplify import Simplifier, simplify
 from exporter.spec import ExportSpec
 from exporter.stage_cache.values import read_value, write_value
 from models import BlockEquivalence
@@ -56,15 +56,21 @@ class FloatGraph:
 
 
 def make_float_graph(
-    spec: ExportSpec, inputs: Inputs, fused: Fused, judge: Judge, clock: StageClock
+    spec: ExportSpec,
+    inputs: Inputs,
+    fused: Fused,
+    judge: Judge,
+    *,
+    clock: StageClock,
+    simplifier: Simplifier,
 ) -> FloatGraph:
-    """Export and simplify a fused network; ``judge`` gets the rows.
+    """Export a fused network and simplify the graph by ``simplifier``; ``judge`` gets the rows.
 
     Raises:
         GateFailedError: a graph does not compute what the original does, or is not plain.
         InputError: the network cannot be exported.
     """
-    model, verdict = _export(spec, inputs, fused.module, judge, clock)
+    model, verdict = _export(spec, inputs, fused.module, judge, clock=clock, simplifier=simplifier)
     return FloatGraph(
         model=model,
         verdict=verdict,
@@ -93,7 +99,13 @@ def fuse_network(inputs: Inputs, judge: Judge) -> Fused:
 
 
 def _export(
-    spec: ExportSpec, inputs: Inputs, fused: nn.Module, judge: Judge, clock: StageClock
+    spec: ExportSpec,
+    inputs: Inputs,
+    fused: nn.Module,
+    judge: Judge,
+    *,
+    clock: StageClock,
+    simplifier: Simplifier,
 ) -> tuple[onnx.ModelProto, ContractVerdict]:
     metadata = graph_metadata(spec, inputs)
     plain = fused if isinstance(fused, RepVGG) and _is_plain(spec) else None
@@ -107,7 +119,7 @@ def _export(
         pair = ModulePair(module=fused, interface=inputs.interface, graph=model)
         judge.check("onnx", OnnxRunner(model).run, graphs=pair)
     with clock.stage("simplify"):
-        exported, model = model, simplify(model, judge.samples(SIMPLIFY_SAMPLE))
+        exported, model = model, simplify(model, judge.samples(SIMPLIFY_SAMPLE), simplifier)
         simplified = GraphPair(reference="onnx", good=exported, bad=model)
         judge.check("simplified", OnnxRunner(model).run, graphs=simplified)
         if plain is not None:

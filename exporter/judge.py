@@ -21,11 +21,16 @@ from exporter.onnx_runner import BATCH_SIZE, Batch, Outputs, Runner
 from exporter.parity import Gate, StageResult
 from exporter.prologue import Prologue
 from exporter.source import Source
-from exporter.spec import ExportSpec
+from exporter.spec import ExportSpec, Precision
 from exporter.worst_images import WorstImages, worst_images
 
 MAX_OUTPUT_BYTES = 256 << 20
 """Of the original's outputs that are kept to compare with; large feature maps need fewer images."""
+
+ON_THE_WAY = ("reparameterized", "onnx", "simplified")
+PIXELS_ON_THE_WAY = 64 * 224 * 224
+"""Of the images on which graphs are compared that lead to the one that is built: float32 leaves no
+image to chance, and on 512 images of 224 x 224 these stages were two thirds of an export."""
 
 LOCALIZATION_IMAGES = 4
 """Rounding is found on one image; a few more reach channels that are seldom active."""
@@ -194,38 +199,60 @@ class Judge:
     def score(self, stage: str, run: Runner, gate: Gate | None = None) -> StageResult:
         """Run a stage on all images and hold its outputs against the original's.
 
+        A graph that only leads to the one that is built is run on the first of them, as many as
+        `PIXELS_ON_THE_WAY` allows.
+
         A network that was trained with quantizers has them in it; the float graphs are held against
         the same network without them.
         """
         is_float = self._unquantized is not None and stage in FLOAT_STAGES
         reference = self._unquantized if is_float and self._unquantized else self.original
-        outputs = self._outputs(run)
+        few = self._few_batches(stage)
+        if few is None:
+            outputs = self._outputs(run)
+        else:
+            outputs = outputs_of(run, itertools.islice(self._images.batches(), few))
+            reference = {name: values[: few * BATCH_SIZE] for name, values in reference.items()}
         result = parity.judge_outputs(
             stage,
             reference,
             outputs,
             gate=gate,
-            labels=self.labels,
+            # Accuracy on some of the images is no accuracy.
+            labels=self.labels if few is None else None,
             classifier=self._interface.num_classes is not None,
         )
+        count = self._count if few is None else few * BATCH_SIZE
+        result = replace(result, images=count)
         result = replace(result, reference=UNQUANTIZED) if is_float else result
-        worst = self._worst_images(result, reference, outputs)
+        worst = self._worst_images(result, reference, outputs, count)
         self._scored += [(result, worst)] if worst else []
         return result
 
+    def _few_batches(self, stage: str) -> int | None:
+        """Of the images, full ones, on which a stage is run; None: all."""
+        is_built = stage == "simplified" and self._spec.precision is Precision.FP32
+        # With a free size neighbours may differ in size, and every size has outputs of its own.
+        if stage not in ON_THE_WAY or is_built or self._spec.dynamic_size is not None:
+            return None
+        shapes = [shape for shape in self._interface.example if len(shape) == 4]
+        pixels = sum(height * width for _, _, height, width in shapes)
+        few = max(1, PIXELS_ON_THE_WAY // (max(1, pixels) * BATCH_SIZE))
+        return few if shapes and few * BATCH_SIZE < self._count else None
+
     def _worst_images(
-        self, result: StageResult, reference: Outputs, outputs: Outputs
+        self, result: StageResult, reference: Outputs, outputs: Outputs, count: int
     ) -> WorstImages | None:
         """By the first output; None where not every image has a row in it."""
         name = next(iter(reference))
-        if result.comparison is None or len(reference[name]) != self._count:
+        if result.comparison is None or len(reference[name]) != count:
             return None
         return worst_images(
             result.stage,
             reference[name],
             outputs[name],
-            names=[self._images.name(index) for index in range(self._count)],
-            labels=self.labels,
+            names=[self._images.name(index) for index in range(count)],
+            labels=None if self.labels is None else self.labels[:count],
             class_names=self._class_names,
             classifier=self._interface.num_classes is not None,
         )

@@ -49,6 +49,11 @@ class OnnxRunner:
         ort = _onnxruntime()
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        # Q/DQ are computed as they are written, in float32, as on any CPU: fused integer kernels
+        # saturate where there is no VNNI. It also lets constant weights be dequantized once.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+        # Threads that spin after their work take the cores from numpy's and from other processes.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.intra_op_num_threads = threads or _threads_of_the_environment()
         if not optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -99,7 +99,7 @@ that is broken is near 0 dB."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageResult:
-    """One row of the ledger. ``top1`` is the accuracy (0 to 1) where labels exist.
+    """One row of the ledger, by ``images``; ``top1`` is the accuracy (0 to 1) on all there are.
 
     ``outputs`` holds every output's figures where there are several; ``comparison`` is the worst.
     """
@@ -111,6 +111,7 @@ class StageResult:
     comparison: Comparison | None = None
     gate: Gate = Gate()
     top1: float | None = None
+    images: int | None = None
     outputs: Mapping[str, Comparison] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -123,6 +124,7 @@ class StageResult:
             "reference": self.reference,
             "status": self.status,
             "reason": self.reason,
+            "images": self.images,
             **{key: figures.get(key) for key in keys},
             "top1": self.top1,
             "tolerance": self.gate.to_json(),

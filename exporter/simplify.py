@@ -4,13 +4,18 @@ The simplifier is native code: it runs in a process of its own, with a time limi
 accepted only if it has the same inputs and outputs, passes onnx's checker and computes the same on
 the samples. Names and metadata are the input's: onnxsim stores equal tensors once and writes a
 diary into the metadata, both of which are undone.
+
+Importing onnxsim takes longer than simplifying a RepVGG: a :class:`Simplifier` that is started
+before there is a graph imports while others compute.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +28,16 @@ from exporter.private_folder import require_space, scratch_folder
 
 # The current directory is taken off the path, because its files could shadow the libraries. The
 # process ends with its parent, also where that is killed; if it was killed before the kernel was
-# told so, nobody reads the line.
+# told so, nobody reads the line. Unloading the libraries would take half a second.
 _PROGRAM = """
-import ctypes, signal, sys
+import ctypes, os, signal, sys
 if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     print("started", flush=True)
 sys.path = [folder for folder in sys.path if folder]
 import onnx, onnxsim
+if not sys.stdin.readline():
+    sys.exit("nobody brought a graph")
 model, ok = onnxsim.simplify(onnx.load(sys.argv[1]), check_n=0)
 if not ok:
     sys.exit("onnxsim reports that its result differs from its input")
@@ -38,34 +45,31 @@ try:
     onnx.save(model, sys.argv[2])
 except OSError as error:
     sys.exit(error.errno)
+os._exit(0)
 """
 SIMPLIFIER = (sys.executable, "-c", _PROGRAM)
 MAX_RELATIVE_ERROR = 1e-4
 """Of an output's range: both graphs are float32 and differ at most in the order of additions."""
 
 
-def simplify(
-    model: onnx.ModelProto,
-    samples: Sequence[Batch],
-    *,
-    timeout_s: float = 300.0,
-    command: Sequence[str] = SIMPLIFIER,
-) -> onnx.ModelProto:
-    """Return the simplified graph.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Simplifier:
+    """A running onnxsim, which waits for one graph in its private ``folder``."""
 
-    ``samples`` are small real batches, one for each image size that matters. ``command`` is the
-    program that reads the graph at its first further argument and writes the simplified one at its
-    second.
+    process: subprocess.Popen[str]
+    folder: Path
 
-    Raises:
-        OSError: if the disk is full.
-        EnvironmentLackError: if the simplifier is missing, crashes or does not end in time.
-        GateFailedError: if its result is no valid graph or computes something else.
-    """
-    with scratch_folder("simplify") as folder:
-        source, target = folder / "in.onnx", folder / "out.onnx"
+    def run(self, model: onnx.ModelProto, timeout_s: float) -> onnx.ModelProto:
+        """What onnxsim makes of ``model``, a valid graph and otherwise unchecked.
+
+        Raises:
+            OSError: if the disk is full.
+            EnvironmentLackError: if the simplifier is missing, crashes or does not end in time.
+            GateFailedError: if it fails, or its result is no valid graph.
+        """
+        source, target = _paths(self.folder)
         onnx.save(model, source)
-        _run([*command, str(source), str(target)], timeout_s, folder)
+        self._finish(timeout_s)
         if not target.is_file():
             raise GateFailedError("onnxsim ended without an error and without writing a graph")
         try:
@@ -75,6 +79,72 @@ def simplify(
             # protobuf's decoder and onnx's checker raise classes of their native libraries.
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise GateFailedError(f"onnxsim wrote an invalid graph: {first_line}") from error
+        return simplified
+
+    def _finish(self, timeout_s: float) -> None:
+        """Say that the graph is there, and wait for the end."""
+        try:
+            _, errors = self.process.communicate("\n", timeout=timeout_s)
+        except subprocess.TimeoutExpired as error:
+            raise EnvironmentLackError(
+                f"onnxsim did not end within {timeout_s:g} s and was stopped"
+            ) from error
+        code = self.process.returncode
+        require_space(code, self.folder)
+        if code < 0:
+            raise EnvironmentLackError(f"onnxsim crashed with signal {-code}")
+        if code > 0:
+            last = (errors.strip() or "no message").splitlines()[-1]
+            if "No module named" in last:
+                raise EnvironmentLackError(f"{last}; pip install 'repvgg-exporter[export]'")
+            raise GateFailedError(f"onnxsim failed: {last}")
+
+
+@contextmanager
+def started_simplifier(command: Sequence[str] = SIMPLIFIER) -> Iterator[Simplifier]:
+    """A process that will read one graph; on leaving it is dead and its folder gone.
+
+    ``command`` is a program that waits for a line on its standard input, then reads the graph at
+    its first further argument and writes the simplified one at its second.
+
+    Raises:
+        EnvironmentLackError: if it cannot be started.
+    """
+    with scratch_folder("simplify") as folder:
+        try:
+            process = subprocess.Popen(
+                [*command, *map(str, _paths(folder))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                encoding="utf-8",
+                errors="replace",
+            )
+        except OSError as error:
+            raise EnvironmentLackError(f"onnxsim cannot be started: {error}") from error
+        with process:
+            try:
+                yield Simplifier(process=process, folder=folder)
+            finally:
+                process.kill()
+
+
+def simplify(
+    model: onnx.ModelProto,
+    samples: Sequence[Batch],
+    simplifier: Simplifier,
+    *,
+    timeout_s: float = 300.0,
+) -> onnx.ModelProto:
+    """Return the simplified graph.
+
+    ``samples`` are small real batches, one for each image size that matters.
+
+    Raises:
+        GateFailedError: if the result has another interface or computes something else.
+        Others: as :meth:`Simplifier.run`.
+    """
+    simplified = simplifier.run(model, timeout_s)
     _restore_parameters(model, simplified)
     onnx.helper.set_model_props(simplified, {p.key: p.value for p in model.metadata_props})
     del simplified.graph.value_info[:]
@@ -83,30 +153,9 @@ def simplify(
     return simplified
 
 
-def _run(command: Sequence[str], timeout_s: float, folder: Path) -> None:
-    try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=timeout_s,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise EnvironmentLackError(
-            f"onnxsim did not end within {timeout_s:g} s and was stopped"
-        ) from error
-    except OSError as error:
-        raise EnvironmentLackError(f"onnxsim cannot be started: {error}") from error
-    require_space(done.returncode, folder)
-    if done.returncode < 0:
-        raise EnvironmentLackError(f"onnxsim crashed with signal {-done.returncode}")
-    if done.returncode > 0:
-        last = (done.stderr.strip() or "no message").splitlines()[-1]
-        if "No module named" in last:
-            raise EnvironmentLackError(f"{last}; pip install 'repvgg-exporter[export]'")
-        raise GateFailedError(f"onnxsim failed: {last}")
+def _paths(folder: Path) -> tuple[Path, Path]:
+    """Of the graph before and after."""
+    return folder / "in.onnx", folder / "out.onnx"
 
 
 def _restore_parameters(model: onnx.ModelProto, simplified: onnx.ModelProto) -> None:

@@ -127,7 +127,7 @@ class _Judge:
         if stage in self.skipped:
             return parity.not_run(stage, self.skipped[stage])
         try:
-            found = run(self.batch)
+            outputs = run(self.batch)
         except EnvironmentLackError as error:
             return parity.not_run(stage, str(error))
         except GateFailedError as error:
@@ -135,9 +135,10 @@ class _Judge:
                 stage=stage, status="fail", reason=str(error), gate=self.gates[stage]
             )
         gate = on_few(self.gates[stage], len(self.batch[0]))
-        return parity.judge_outputs(
-            stage, self.reference, found, gate=gate, classifier=self.classifier
+        found = parity.judge_outputs(
+            stage, self.reference, outputs, gate=gate, classifier=self.classifier
         )
+        return replace(found, images=len(self.batch[0]))
 
 
 def on_few(gate: Gate, count: int) -> Gate:

@@ -27,9 +27,11 @@ class Doubled(nn.Module):
         return 2 * image
 
 
-def made(size: SizeProfile | None = None) -> tuple[Judge, Source]:
+def made(
+    size: SizeProfile | None = None, precision: Precision = Precision.FP32
+) -> tuple[Judge, Source]:
     spec = ExportSpec(
-        variant=None, name="Doubled", precision=Precision.FP32, out=Path("b"), dynamic_size=size
+        variant=None, name="Doubled", precision=precision, out=Path("b"), dynamic_size=size
     )
     network = Doubled()
     example = example_tensors(torch.zeros(1, 3, 8, 8), network)
@@ -46,6 +48,49 @@ def test_every_stage_sees_all_images() -> None:
     assert source.interface is not None
     judge.check("onnx", torch_runner(source.module, source.interface))
     assert ["pass"] == [row.status for row in judge.ledger.stages]
+
+
+def test_what_leads_to_the_built_graph_is_judged_on_as_many_images_as_its_pixels_allow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The graph that is built is judged on all of them, and so is all with a free size."""
+    monkeypatch.setattr(judge_module, "PIXELS_ON_THE_WAY", 39 * 8 * 8)
+    seen: list[int] = []
+
+    def run(batch: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
+        seen.append(len(batch[0]))
+        return {"output": 2 * batch[0]}
+
+    def images(judge: Judge, stage: str) -> tuple[int | None, int]:
+        seen.clear()
+        return judge.score(stage, run).images, sum(seen)
+
+    judge, _ = made(precision=Precision.FP16)
+    assert dict.fromkeys(judge_module.ON_THE_WAY, (32, 32)) == {
+        stage: images(judge, stage) for stage in judge_module.ON_THE_WAY
+    }
+    assert (40, 40) == images(judge, "fp16")
+    assert (40, 40) == images(made(precision=Precision.FP32)[0], "simplified")
+    free, _ = made(SizeProfile((8, 8, 8), (8, 8, 8)), Precision.FP16)
+    assert (40, 40) == images(free, "onnx")
+    monkeypatch.setattr(judge_module, "PIXELS_ON_THE_WAY", 1)
+    assert (16, 16) == images(judge, "onnx")
+
+
+def test_a_wrong_image_beyond_the_first_ones_fails_the_graph_that_is_built(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the stages before it did not look at, it is still held against."""
+    monkeypatch.setattr(judge_module, "PIXELS_ON_THE_WAY", 16 * 8 * 8)
+    judge, _ = made(precision=Precision.FP16)
+
+    def wrong_at_the_end(batch: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
+        values = 2 * batch[0]
+        return {"output": -values if len(values) < 16 else values}
+
+    judge.check("simplified", wrong_at_the_end)
+    with pytest.raises(GateFailedError, match="parity failed at stage fp16: SQNR"):
+        judge.check("fp16", wrong_at_the_end)
 
 
 def test_large_outputs_are_compared_on_fewer_images(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from exporter.network import classifier_interface
 from exporter.onnx_export import export_network, export_onnx
 from exporter.onnx_runner import OnnxRunner
 from exporter.plain_chain import PlainChain, read_chain, with_chain
-from exporter.simplify import simplify
+from exporter.simplify import simplify, started_simplifier
 from models import RepVGG, Variant
 from models.fusion import reparameterize
 from models.variants import Squeeze
@@ -199,7 +199,8 @@ class OfficialGate(nn.Module):
 def test_the_official_gate_is_read_behind_the_simplifier():
     """It averages a window as large as the map; with a smaller window it is no gate."""
     torch.manual_seed(0)
-    model = simplify(exported(OfficialGate()), [(IMAGES,)])
+    with started_simplifier() as simplifier:
+        model = simplify(exported(OfficialGate()), [(IMAGES,)], simplifier)
     chain = read(model).chain
     assert chain.stages[0].gate is not None
     assert not chain.stages[0].gate.after_relu

@@ -6,7 +6,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from onnx import numpy_helper
 
 from exporter.errors import EnvironmentLackError, GateFailedError
 from exporter.onnx_runner import OnnxRunner
-from exporter.simplify import SIMPLIFIER, simplify
+from exporter.simplify import SIMPLIFIER, simplify, started_simplifier
 
 PLAIN = """
 <ir_version: 8, opset_import: ["" : 17]>
@@ -54,7 +54,14 @@ def sample() -> np.ndarray:
 
 def program(text: str) -> tuple[str, ...]:
     """A stand-in for onnxsim: ``text`` sees the input path as argv[1] and the output as argv[2]."""
-    return (sys.executable, "-c", f"import sys\n{text}")
+    return (sys.executable, "-c", f"import sys\nsys.stdin.readline()\n{text}")
+
+
+def simplified(
+    model: onnx.ModelProto, command: Sequence[str] = SIMPLIFIER, timeout_s: float = 300
+) -> onnx.ModelProto:
+    with started_simplifier(command) as simplifier:
+        return simplify(model, [(sample(),)], simplifier, timeout_s=timeout_s)
 
 
 EDIT = """
@@ -79,27 +86,27 @@ def no_leftovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 def test_onnxsim_keeps_the_function_names_and_metadata() -> None:
     """The real onnxsim drops the Identity; logits, parameters' names and metadata stay."""
     model = graph()
-    simplified = simplify(model, [(sample(),)])
+    found = simplified(model)
     expected = [node.name for node in model.graph.node if node.name != "again"]
-    assert expected == [node.name for node in simplified.graph.node]
+    assert expected == [node.name for node in found.graph.node]
     np.testing.assert_allclose(
-        OnnxRunner(model)(sample()), OnnxRunner(simplified)(sample()), rtol=0, atol=1e-5
+        OnnxRunner(model)(sample()), OnnxRunner(found)(sample()), rtol=0, atol=1e-5
     )
-    parameters = {node.name: list(node.input[1:]) for node in simplified.graph.node}
+    parameters = {node.name: list(node.input[1:]) for node in found.graph.node}
     assert ["w0", "b0"] == parameters["stage0.conv"]
     assert ["w1", "b1"] == parameters["stage1.conv"]
-    assert {"w0", "b0", "w1", "b1", "w2", "b2"} == {t.name for t in simplified.graph.initializer}
-    assert {"variant": "A0"} == {p.key: p.value for p in simplified.metadata_props}
-    assert [] == list(simplified.graph.value_info)
+    assert {"w0", "b0", "w1", "b1", "w2", "b2"} == {t.name for t in found.graph.initializer}
+    assert {"variant": "A0"} == {p.key: p.value for p in found.metadata_props}
+    assert [] == list(found.graph.value_info)
     assert model == graph()
 
 
 def test_merged_parameters_are_given_back_to_each_node() -> None:
     """A simplifier that stores equal tensors once does not make two layers share one."""
     edit = 'model.graph.node[2].input[2] = "b0"'
-    simplified = simplify(graph(), [(sample(),)], command=program(EDIT.format(edit=edit)))
-    assert ["b0", "b1"] == [n.input[2] for n in simplified.graph.node if n.op_type == "Conv"]
-    assert "b1" in {tensor.name for tensor in simplified.graph.initializer}
+    found = simplified(graph(), command=program(EDIT.format(edit=edit)))
+    assert ["b0", "b1"] == [n.input[2] for n in found.graph.node if n.op_type == "Conv"]
+    assert "b1" in {tensor.name for tensor in found.graph.initializer}
 
 
 def test_the_simplifier_ignores_files_of_the_current_directory(
@@ -110,22 +117,20 @@ def test_the_simplifier_ignores_files_of_the_current_directory(
     (folder / "onnx.py").write_text("raise SystemExit('shadowed')")
     monkeypatch.chdir(folder)
     monkeypatch.delenv("PYTHONPATH", raising=False)
-    assert 7 == len(simplify(graph(), [(sample(),)], command=SIMPLIFIER).graph.node)
+    assert 7 == len(simplified(graph(), command=SIMPLIFIER).graph.node)
 
 
 def test_a_crash_by_signal_is_named() -> None:
     """A simplifier killed by a signal is an environment error that gives the signal's number."""
     with pytest.raises(EnvironmentLackError, match="onnxsim crashed with signal 11"):
-        simplify(graph(), [(sample(),)], command=program("import os; os.kill(os.getpid(), 11)"))
+        simplified(graph(), command=program("import os; os.kill(os.getpid(), 11)"))
 
 
 def test_a_hang_is_stopped() -> None:
     """After the time limit the simplifier is killed and the limit is named."""
     start = time.monotonic()
     with pytest.raises(EnvironmentLackError, match=r"did not end within 0\.5 s and was stopped"):
-        simplify(
-            graph(), [(sample(),)], timeout_s=0.5, command=program("import time; time.sleep(60)")
-        )
+        simplified(graph(), timeout_s=0.5, command=program("import time; time.sleep(60)"))
     assert time.monotonic() - start < 20
 
 
@@ -133,38 +138,38 @@ def test_a_failure_passes_on_its_last_line() -> None:
     """A non-zero exit is a failed gate with the simplifier's own last line."""
     command = program("print('context', file=sys.stderr); sys.exit('unsupported operator Foo')")
     with pytest.raises(GateFailedError, match=r"^onnxsim failed: unsupported operator Foo$"):
-        simplify(graph(), [(sample(),)], command=command)
+        simplified(graph(), command=command)
 
 
 def test_a_silent_failure_says_so() -> None:
     """A non-zero exit without a word is reported as having no message."""
     with pytest.raises(GateFailedError, match=r"^onnxsim failed: no message$"):
-        simplify(graph(), [(sample(),)], command=program("sys.exit(3)"))
+        simplified(graph(), command=program("sys.exit(3)"))
 
 
 def test_undecodable_output_does_not_hide_the_failure() -> None:
     """Bytes that are no UTF-8 on stderr still end in the clear error."""
     command = program("sys.stderr.buffer.write(b'bad \\xff\\xfe bytes'); sys.exit(1)")
     with pytest.raises(GateFailedError, match="onnxsim failed: bad"):
-        simplify(graph(), [(sample(),)], command=command)
+        simplified(graph(), command=command)
 
 
 def test_a_missing_onnxsim_says_how_to_install_it() -> None:
     """Without the library the error names it and the extra."""
     with pytest.raises(EnvironmentLackError, match=r"No module named 'no_sim'.*\[export\]"):
-        simplify(graph(), [(sample(),)], command=program("import no_sim"))
+        simplified(graph(), command=program("import no_sim"))
 
 
 def test_a_program_that_cannot_start_is_an_environment_error() -> None:
     """A command that does not exist is reported, not raised as OSError."""
     with pytest.raises(EnvironmentLackError, match=r"onnxsim cannot be started: .*no-such-program"):
-        simplify(graph(), [(sample(),)], command=("/no-such-program",))
+        simplified(graph(), command=("/no-such-program",))
 
 
 def test_writing_nothing_is_an_error() -> None:
     """Exit 0 without a graph is no success."""
     with pytest.raises(GateFailedError, match="without writing a graph"):
-        simplify(graph(), [(sample(),)], command=program("pass"))
+        simplified(graph(), command=program("pass"))
 
 
 @pytest.mark.parametrize(
@@ -174,7 +179,7 @@ def test_garbage_is_an_invalid_graph(content: bytes) -> None:
     """What cannot be decoded or checked as ONNX is refused in one line."""
     command = program(f"open(sys.argv[2], 'wb').write({content!r})")
     with pytest.raises(GateFailedError, match=r"onnxsim wrote an invalid graph: .") as caught:
-        simplify(graph(), [(sample(),)], command=command)
+        simplified(graph(), command=command)
     assert "\n" not in str(caught.value)
 
 
@@ -185,7 +190,7 @@ def test_changed_weights_are_a_wrong_result() -> None:
         "t.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(t) * np.float32(1.01), t.name))"
     )
     with pytest.raises(GateFailedError, match=r"computes something else: logits differs by 0\.0"):
-        simplify(graph(), [(sample(),)], command=program(EDIT.format(edit=edit)))
+        simplified(graph(), command=program(EDIT.format(edit=edit)))
 
 
 def test_nan_is_a_wrong_result() -> None:
@@ -195,7 +200,7 @@ def test_nan_is_a_wrong_result() -> None:
         "t.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(t) * np.float32('nan'), t.name))"
     )
     with pytest.raises(GateFailedError, match="logits differs by nan"):
-        simplify(graph(), [(sample(),)], command=program(EDIT.format(edit=edit)))
+        simplified(graph(), command=program(EDIT.format(edit=edit)))
 
 
 def test_renamed_outputs_are_refused() -> None:
@@ -205,14 +210,14 @@ def test_renamed_outputs_are_refused() -> None:
         r"changed the graph's outputs from logits FLOAT \[batch, 2\] to scores FLOAT \[batch, 2\]"
     )
     with pytest.raises(GateFailedError, match=expected):
-        simplify(graph(), [(sample(),)], command=program(EDIT.format(edit=edit)))
+        simplified(graph(), command=program(EDIT.format(edit=edit)))
 
 
 def test_a_fixed_batch_axis_is_refused() -> None:
     """The same names with another shape are another interface."""
     edit = "model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1"
     with pytest.raises(GateFailedError, match=r"inputs from .*\[batch, 3, 8, 8\] to .*\[1, 3, 8"):
-        simplify(graph(), [(sample(),)], command=program(EDIT.format(edit=edit)))
+        simplified(graph(), command=program(EDIT.format(edit=edit)))
 
 
 def test_a_graph_that_cannot_run_is_refused() -> None:
@@ -222,13 +227,13 @@ def test_a_graph_that_cannot_run_is_refused() -> None:
         "t.CopyFrom(numpy_helper.from_array(np.zeros((2, 5), np.float32), t.name))"
     )
     with pytest.raises(GateFailedError, match="ONNX Runtime"):
-        simplify(graph(), [(sample(),)], command=program(EDIT.format(edit=edit)))
+        simplified(graph(), command=program(EDIT.format(edit=edit)))
 
 
 def test_a_full_disk_is_no_fault_of_the_graph() -> None:
     """The simplifier ends with the system's number, and whoever owns the folder names it."""
     with pytest.raises(OSError, match="No space left on device"):
-        simplify(graph(), [(sample(),)], command=program("sys.exit(28)"))
+        simplified(graph(), command=program("sys.exit(28)"))
 
 
 def test_a_killed_parent_takes_the_simplifier_with_it() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from exporter.report.content import ReportContent
 from exporter.report.numbers import capitalized, decibel, percent, points, size
@@ -28,10 +30,18 @@ def sentence(content: ReportContent) -> str:
     rows = content.parity["stages"]
     passed = [row["stage"] for row in rows if row["status"] == "pass"]
     words = f"{_listed(passed)} passed on {content.parity['image_count']} real images"
+    few = {row["stage"]: row["images"] for row in rows if _on_few(row, content.parity)}
+    if few:
+        words += f" ({_listed(list(few))} on the first {max(few.values())} of them)"
     for row in rows:
         if row["status"] == "not_run":
             words += f"; {row['stage']} did not run: {row['reason'] or 'no reason is recorded'}"
     return f"{words}."
+
+
+def _on_few(row: Mapping[str, Any], parity: Mapping[str, Any]) -> bool:
+    images = row.get("images")
+    return row["status"] == "pass" and images is not None and images < parity["image_count"]
 
 
 def tiles(content: ReportContent) -> tuple[Tile, ...]:

@@ -34,8 +34,8 @@ from models import BlockEquivalence
 from models.repvgg import RepVGG
 from models.variants import Squeeze
 
-SIMPLIFY_SAMPLE = 8
-"""Images on which the simplified graph must equal its input."""
+SAMPLE = 8
+"""Images on which each fused block must equal its block, and the simplified graph its input."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +93,7 @@ def fuse_network(inputs: Inputs, judge: Judge) -> Fused:
     if source.form == "deploy":
         judge.skip("reparameterized", "the checkpoint is already in deploy form")
         return Fused(module=source.module)
-    fused = fuse(source.module, judge.first_batch())
+    fused = fuse(source.module, judge.samples(SAMPLE)[0])
     judge.check("reparameterized", torch_runner(fused.module, inputs.interface))
     return fused
 
@@ -119,7 +119,7 @@ def _export(
         pair = ModulePair(module=fused, interface=inputs.interface, graph=model)
         judge.check("onnx", OnnxRunner(model).run, graphs=pair)
     with clock.stage("simplify"):
-        exported, model = model, simplify(model, judge.samples(SIMPLIFY_SAMPLE), simplifier)
+        exported, model = model, simplify(model, judge.samples(SAMPLE), simplifier)
         simplified = GraphPair(reference="onnx", good=exported, bad=model)
         judge.check("simplified", OnnxRunner(model).run, graphs=simplified)
         if plain is not None:

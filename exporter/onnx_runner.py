@@ -34,7 +34,8 @@ BATCH_SIZE = 16
 class OnnxRunner:
     """One graph, ready to run.
 
-    ``model`` is a file or a graph in memory. ``optimize=False`` turns graph optimizations off:
+    ``model`` is a file or a graph in memory. Quantized graphs are computed as they are written,
+    rounded and scaled in float32. ``optimize=False`` turns graph optimizations off:
     ONNX Runtime 1.32 computes wrong results on quantized graphs with half scales at its default
     level, so a graph that holds half tensors is judged without them. ``threads=0`` means as
     many as ``OMP_NUM_THREADS`` says, else all cores;
@@ -49,8 +50,8 @@ class OnnxRunner:
         ort = _onnxruntime()
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        # Q/DQ are computed as they are written, in float32, as on any CPU: fused integer kernels
-        # saturate where there is no VNNI. It also lets constant weights be dequantized once.
+        # Fused integer kernels may saturate where there is no VNNI. Without them constant weights
+        # are dequantized once, too.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
         # Threads that spin after their work take the cores from numpy's and from other processes.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")

@@ -34,7 +34,7 @@ from exporter.spec import Recipe
 
 _CLIP_RECIPES = (Recipe.MINMAX, Recipe.PERCENTILE, Recipe.MSE, Recipe.ENTROPY)
 _SWEEP_BATCHES = 2
-_SWEEP_IMAGES = 16
+_SWEEP_IMAGES = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 =========  ======================================================================================
 fp32       as it is
-int8       as it is, in integer kernels where the CPU has them; with half scales, where its
+int8       as it is, rounded and scaled in float32; with half scales, where its
            optimizations can be wrong, without them
 fp16       optimizations off: see :class:`exporter.onnx_runner.OnnxRunner`
 fp8        as it is, optimizations off: it rounds and scales, and multiplies in float32

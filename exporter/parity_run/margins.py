@@ -8,8 +8,7 @@ on one machine move on another:
 
 * SQNR is compared up to ``ROUNDING_DB`` only: above it lies float32 rounding, in an order of
   additions that is the kernels' own, and 132 dB are as good as 110.
-* int8 and the like, 1 dB: what the same graph gives by integer kernels and by kernels that
-  dequantize first differs by less (measured; docs/ci.md).
+* int8 and the like, 1 dB: what different CPUs give differs by less (measured; docs/ci.md).
 * fp16, 6 dB: with arithmetic purely in half the figure is 5 dB below what a CPU gives that computes
   partly in float32 (docs/known.md).
 * agreement and top-1, one point: a few images at the border between two classes.

@@ -216,12 +216,11 @@ def _damped_until_positive(
     float32 may lose the least eigenvalues, which the damping keeps positive in float64. Moments of
     a sample whose mean was rounded may lack more.
     """
-    attempts = [(covariance.copy(), damping)]
-    for stronger in (damping, 10 * damping, 100 * damping):
-        attempts.append((covariance.astype(np.float64), stronger))
-    for matrix, added in attempts:
+    wider = (np.float64, damping), (np.float64, 10 * damping), (np.float64, 100 * damping)
+    for dtype, added in ((covariance.dtype, damping), *wider):
         try:
-            return _nearest_plane(goal, matrix, added)
+            # A copy, made only where it is needed: it can be hundreds of megabytes.
+            return _nearest_plane(goal, covariance.astype(dtype), added)
         except np.linalg.LinAlgError:
             continue
     return None

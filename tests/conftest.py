@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from calibration.sensitivity import ParetoPoint
 from exporter.comparison import Comparison
@@ -61,17 +62,24 @@ def command() -> Command:
 def bundles(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[str], tuple[Path, subprocess.CompletedProcess[str]]]:
-    """``bundles("int8")`` -> the default A0 bundle and the process that made it."""
-    root = tmp_path_factory.mktemp("bundles")
-    made: dict[str, subprocess.CompletedProcess[str]] = {}
+    """``bundles("int8")`` -> the default A0 bundle and the process that made it.
+
+    Processes that run tests side by side share them.
+    """
+    own = tmp_path_factory.getbasetemp()
+    root = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "bundles"
+    root.mkdir(exist_ok=True)
 
     def bundle(precision: str) -> tuple[Path, subprocess.CompletedProcess[str]]:
-        out = root / f"A0-{precision}"
-        if precision not in made:
-            made[precision] = run_command(
-                "engine", "A0", "--precision", precision, "--out", str(out), "--json"
-            )
-        return out, made[precision]
+        out, record = root / f"A0-{precision}", root / f"{precision}.json"
+        with FileLock(root / f"{precision}.lock"):
+            if not record.exists():
+                made = run_command(
+                    "engine", "A0", "--precision", precision, "--out", str(out), "--json"
+                )
+                found = [made.args, made.returncode, made.stdout, made.stderr]
+                record.write_text(json.dumps(found))
+        return out, subprocess.CompletedProcess(*json.loads(record.read_text()))
 
     return bundle
 

@@ -19,6 +19,8 @@ from exporter.matrix.page import front, measure_of, rows_of
 from exporter.matrix.schedule import followed
 from exporter.matrix.state import STATE
 from exporter.request import ExportRequest
+from exporter.stage_cache import keys
+from models.registry import PublicWeightsError
 
 
 def cells_of(tmp_path: Path, text: str) -> tuple[Cell, ...]:
@@ -207,6 +209,22 @@ def test_a_rerun_keeps_what_passed_and_is_whole(tmp_path: Path) -> None:
     assert {"whole"} == again.kept
     assert ["damaged", "changed", "failed", "new"] == [cell.name for cell in again.missing]
     assert state.results["whole"] == again.results["whole"]
+
+
+def test_a_checkpoint_that_cannot_be_downloaded_fails_its_cell_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the network nothing is known of the cell before it runs, so it shares no stage."""
+
+    def offline(*_arguments: object) -> None:
+        raise PublicWeightsError("no network")
+
+    monkeypatch.setattr(keys, "fetch_public", offline)
+    cells = [cell("public", weights="hub"), published(tmp_path, "other")]
+    state = MatrixState.resume(tmp_path, cells)
+    assert tuple(cells) == state.missing
+    assert ((), "") == (state.keys["public"].shared, state.keys["public"].own)
+    assert "" != state.keys["other"].own
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"cells": [1]}', '{"cells": [{"key": 1}]}'])

@@ -206,7 +206,7 @@ def test_skip_bad_images_counts_them_instead(command, images, tmp_path):
     out = tmp_path / "bundle"
     process = command(
         "engine", "A0", "--calib", str(images), "--skip-bad-images", "--out", str(out), "--quiet",
-        "--recipe", "minmax",        "--target", "sm86",
+        "--recipe", "minmax", "--evaluation-images", "64", "--target", "sm86",
     )  # fmt: skip
     assert 0 == process.returncode, process.stderr
     calibration = json.loads((out / "manifest.json").read_text())["calibration"]
@@ -244,7 +244,9 @@ def test_too_few_or_identical_calibration_images_are_refused(refused, tmp_path, 
 
 def test_a_failed_gate_exits_1_and_publishes_nothing(refused):
     """An SQNR that INT8 cannot reach ends the run with the measured figure."""
-    message = refused(1, "A0", "--min-agreement", "1", "--recipe", "entropy")
+    message = refused(
+        1, "A0", "--min-agreement", "1", "--recipe", "entropy", "--evaluation-images", "64"
+    )
     assert "parity failed at stage int8: SQNR is" in message
     assert "--min-sqnr keeps the most sensitive layers in half; nothing was published" in message
 
@@ -259,7 +261,7 @@ def test_half_overflow_is_detected_and_reported_with_the_layer(refused, tmp_path
     save_file(scaled, tmp_path / "large.safetensors")
     message = refused(
         1, "A0", "--precision", "fp16", "--weights", str(tmp_path / "large.safetensors"),
-        "--image-size", "64",
+        "--image-size", "64", "--evaluation-images", "64",
     )  # fmt: skip
     assert "half overflow in stage2.1" in message
 
@@ -277,6 +279,8 @@ def test_an_interrupt_exits_130_and_leaves_nothing(tmp_path, stage, number):
             "A0",
             "--recipe",
             "minmax",
+            "--evaluation-images",
+            "64",
             "--out",
             str(tmp_path / "o" / "b"),
         ],

@@ -151,7 +151,8 @@ def test_the_network_names_the_preprocessing_it_was_not_trained_with(command, tm
     out = tmp_path / "b"
     process = command(
         "engine", "A0", "--preprocess", "imagenet", "--image-size", "64", "--recipe", "minmax",
-        "--target", "sm86", "--min-agreement", "0", "--min-sqnr", "1", "--out", str(out), "--json",
+        "--evaluation-images", "64", "--target", "sm86", "--min-agreement", "0", "--min-sqnr", "1",
+        "--out", str(out), "--json",
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     notes = json.loads(process.stdout)["notes"]

@@ -39,7 +39,16 @@ def deferred(command, tmp_path_factory):
     """An fp16 bundle for a device that builds its own engine."""
     out = tmp_path_factory.mktemp("deferred") / "bundle"
     process = command(
-        "engine", "A0", "--precision", "fp16", "--target", "orin-nano", "--out", str(out)
+        "engine",
+        "A0",
+        "--precision",
+        "fp16",
+        "--target",
+        "orin-nano",
+        "--out",
+        str(out),
+        "--evaluation-images",
+        "64",
     )
     return out, process
 
@@ -276,7 +285,10 @@ def test_a_deferred_bundle_runs_and_verifies(deferred, command):
 def test_targets_built_here_get_their_engine_beside_deferred_ones(command, tmp_path):
     """One bundle: an engine for sm86, and under `deferred` what waits for the Orin."""
     out = tmp_path / "bundle"
-    arguments = ("engine", "A0", "--precision", "fp16", "--target", "rtx3060,orin-nano")
+    arguments = (
+        "engine", "A0", "--precision", "fp16", "--target", "rtx3060,orin-nano",
+        "--evaluation-images", "64",
+    )  # fmt: skip
     process = command(*arguments, "--out", str(out), "--json")
     assert 0 == process.returncode, process.stderr
     engine = json.loads((out / "engine.json").read_text())

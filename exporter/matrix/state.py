@@ -10,7 +10,7 @@ from typing import Any
 
 from exporter.bundle import Bundle, dumps
 from exporter.cases import CaseResult, Status
-from exporter.errors import InputError
+from exporter.errors import EnvironmentLackError, InputError
 from exporter.matrix.config import Cell
 from exporter.provenance import versions
 from exporter.request import validate
@@ -36,7 +36,7 @@ class Keys:
 
     @classmethod
     def of(cls, cell: Cell) -> Keys:
-        """Those of a cell; a file that cannot be read is for the export to complain about."""
+        """Those of a cell; what cannot be read or downloaded is the export's to complain about."""
         spec = validate(cell.request)
         try:
             draft = draft_inputs(spec, half_scales=False)
@@ -44,7 +44,7 @@ class Keys:
                 (FLOAT, key_of(FLOAT, float_part(draft))),
                 (DRAFT, key_of(DRAFT, draft)),
             )
-        except InputError:
+        except (InputError, EnvironmentLackError):
             return cls(shared=(), own="")
         everything = {**draft, "spec": _text(spec), "versions": json.dumps(versions())}
         return cls(shared=shared, own=key_of("cell", everything))

@@ -155,7 +155,13 @@ def rows(args: argparse.Namespace, methods: Sequence[str]) -> Iterator[dict[str,
                 best[method] = faster(best.get(method), found)
                 print(f"{variant} {count} {method}: {json.dumps(found)}", flush=True)
         for method in wanted:
-            yield {"variant": variant, "images": count, "method": method, **best[method]}
+            yield {
+                "variant": variant,
+                "images": count,
+                "method": method,
+                "limit_gib": args.memory_gib,
+                **best[method],
+            }
 
 
 def weights(variant: str) -> Path:
@@ -230,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "modelopt": VERSION,
             "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30),
         },
-        "limits": {"memory_gib": args.memory_gib, "seconds": args.time_limit},
+        "limit_s": args.time_limit,
         "size": args.size,
         "repeats": args.repeats,
         "rows": [],

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibration.images import Preprocess
+from exporter.console import print_ledger
 from exporter.report import ReportContent, html, junit_xml, thumbnails
 from exporter.report.numbers import decibel, points, seconds, significant, size, times
 from exporter.report.plots import linear, logarithmic
@@ -124,6 +125,24 @@ def test_the_verdict_says_what_passed_and_what_did_not_run(report_content: Repor
     assert "98.89\u00a0% before: \u22120.28\u00a0points" in text
     assert "sm86, sm89" in text
     assert "trtexec --onnx=m" in text
+
+
+def test_stages_that_were_compared_on_fewer_images_say_so(
+    report_content: ReportContent, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the verdict, in the row, and in the terminal's table, which else needs no such column."""
+    rows = [dict(row) for row in report_content.parity["stages"]]
+    rows[0]["images"], rows[1]["images"] = 4, 10
+    parity = {**report_content.parity, "stages": rows}
+    text = html(replace(report_content, parity=parity))
+    assert "passed on 10 real images (reparameterized on the first 4 of them)" in text
+    assert '<td class="n">4</td>' in text
+    print_ledger(parity, "A0")
+    assert "images" in capsys.readouterr().out.splitlines()[2]
+    rows[0]["images"] = 10
+    assert "of them)" not in html(replace(report_content, parity=parity))
+    print_ledger(parity, "A0")
+    assert "images" not in capsys.readouterr().out.splitlines()[2]
 
 
 def test_a_failed_run_shows_the_layer_first(report_content: ReportContent) -> None:

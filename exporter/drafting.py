@@ -9,6 +9,7 @@ gate ends the run.
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,7 +43,7 @@ from exporter.precision_stage import Precise, apply_precision
 from exporter.private_folder import scratch_folder
 from exporter.prologue import Prologue
 from exporter.prologue_stage import choose_prologue, precede
-from exporter.simplify import started_simplifier
+from exporter.simplify import Simplifier, started_simplifier
 from exporter.spec import ExportSpec, Precision
 from exporter.spread import Spread
 from exporter.stage_cache import CachedStages, float_inputs
@@ -59,10 +60,12 @@ def make_draft(
     inputs: Inputs | None = None,
     half_scales: bool = False,
     spread: Spread | None = None,
+    simplifier: Simplifier | None = None,
 ) -> Draft:
     """Make the graphs that ``spec`` asks for, in ``folder``, and measure them.
 
-    ``inputs`` replaces what :func:`prepare` would load; ``spread`` helps to look at images.
+    ``inputs`` replaces what :func:`prepare` would load; ``spread`` helps to look at images;
+    ``simplifier`` has been started already.
     ``half_scales`` is for targets that compute INT8 in half. ``scene`` learns what a failed gate
     will have to tell. The float graph comes from ``stages``.
 
@@ -77,7 +80,13 @@ def make_draft(
     if inputs.source.trained is not None:
         stages.leave("the weights carry INT8 scales, whose network is not kept")
     float_graph, judge = _float_graph(
-        spec, inputs, prologue, clock=clock, scene=scene, stages=stages
+        spec,
+        inputs,
+        prologue,
+        clock=clock,
+        scene=scene,
+        stages=stages,
+        simplifier=simplifier,
     )
     model = float_graph.model
     plain = apply_precision(spec, inputs, model, judge, clock.stage, half_scales=half_scales)
@@ -120,6 +129,7 @@ def _float_graph(
     clock: StageClock,
     scene: Scene,
     stages: CachedStages,
+    simplifier: Simplifier | None,
 ) -> tuple[FloatGraph, Judge]:
     """The graph, and a judge that has its rows."""
 
@@ -133,13 +143,11 @@ def _float_graph(
     judges: list[Judge] = []
 
     def make() -> FloatGraph:
-        with started_simplifier() as simplifier:
+        with nullcontext(simplifier) if simplifier else started_simplifier() as started:
             with clock.stage("reparameterize"):
                 judges.append(judge_of())
                 fused = fuse_network(inputs, judges[0])
-            return make_float_graph(
-                spec, inputs, fused, judges[0], clock=clock, simplifier=simplifier
-            )
+            return make_float_graph(spec, inputs, fused, judges[0], clock=clock, simplifier=started)
 
     with scratch_folder("stages") as temporary:
         made = stages.get(

@@ -7,6 +7,7 @@ onnx. The first failed gate ends the run and nothing is published.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,7 @@ from exporter.stage_cache import (
     engine_inputs,
 )
 from exporter.stage_cache.entries import load_draft, load_engine, save_draft, save_engine
-from exporter.stage_cache.keys import DRAFT, ENGINE
+from exporter.stage_cache.keys import DRAFT, ENGINE, FLOAT, float_part
 
 if TYPE_CHECKING:
     from exporter.inputs import Inputs
@@ -157,19 +158,25 @@ def _draft(
     spread: Spread | None,
 ) -> Draft:
     def make() -> Draft:
-        # Loads torch and onnx, which nobody needs where the draft is there already.
-        from exporter.drafting import make_draft
+        # Loads torch and onnx, which nobody needs where the draft is there already. onnxsim's
+        # process, where it will be wanted, loads its libraries meanwhile.
+        from exporter.simplify import started_simplifier
 
-        return make_draft(
-            spec,
-            folder,
-            clock,
-            scene,
-            stages,
-            inputs=inputs,
-            half_scales=half_scales,
-            spread=spread,
-        )
+        wanted = not stages.has(FLOAT, float_part(stages.named[DRAFT]))
+        with started_simplifier() if wanted else nullcontext() as simplifier:
+            from exporter.drafting import make_draft
+
+            return make_draft(
+                spec,
+                folder,
+                clock,
+                scene,
+                stages,
+                inputs=inputs,
+                half_scales=half_scales,
+                spread=spread,
+                simplifier=simplifier,
+            )
 
     return stages.get(
         DRAFT,

@@ -6,7 +6,7 @@ the samples. Names and metadata are the input's: onnxsim stores equal tensors on
 diary into the metadata, both of which are undone.
 
 Importing onnxsim takes longer than simplifying a RepVGG: a :class:`Simplifier` that is started
-before there is a graph imports while others compute.
+before there is a graph imports while others import and compute.
 """
 
 from __future__ import annotations

@@ -92,8 +92,8 @@ def test_a_command_that_fails_is_a_row_without_figures(processes):
 def row(method: str, wall_s: float, peak_mib: float, **more: Any) -> dict[str, Any]:
     figures = {"cpu_s": 2 * wall_s, "own_peak_mib": peak_mib - 50, "others": 0.01}
     return {
-        "variant": "A0", "images": 512, "method": method, "wall_s": wall_s, "peak_mib": peak_mib,
-        "stopped": None, **figures, **more,
+        "variant": "A0", "images": 512, "method": method, "limit_gib": 18, "wall_s": wall_s,
+        "peak_mib": peak_mib, "stopped": None, **figures, **more,
     }  # fmt: skip
 
 
@@ -103,15 +103,16 @@ def result(tables) -> dict[str, Any]:
     rows = [
         row(tables.OURS, 10.0, 1000.0, stages={"load": 1.0, "engine": 2.0}),
         row(tables.ENTROPY, 25.0, 6000.0, stopped="memory"),
-        {"variant": "A0", "images": 512, "method": "modelopt entropy", "failure": "not installed"},
-    ]
+        {"variant": "A0", "images": 512, "method": "modelopt entropy", "limit_gib": 18,
+         "failure": "not installed"},
+    ]  # fmt: skip
     machine = {
         "processor": "P", "cores": 2, "memory_gib": 24,
         "torch": "1", "onnxruntime": "2", "onnxsim": "3", "modelopt": "4",
     }  # fmt: skip
     return {
         "commands": ["python benchmarks/pipeline.py"], "machine": machine, "size": 224,
-        "repeats": 1, "limits": {"memory_gib": 18, "seconds": 900}, "rows": rows,
+        "repeats": 1, "limit_s": 900, "rows": rows,
     }  # fmt: skip
 
 
@@ -145,6 +146,15 @@ def test_cases_that_are_not_measured_again_can_be_kept(result, tmp_path):
     other = {**result["rows"][0], "images": 64}
     pipeline.write({**result, "rows": [other, *result["rows"]]}, tmp_path)
     assert {**result, "rows": [other]} == pipeline.kept(tmp_path, [("A0", 512)])
+
+
+def test_a_case_with_another_limit_is_named(tables, result):
+    """What stopped a side is the limit of its own run."""
+    assert "18 GiB or 900 s" == tables.limits(result)
+    other = {**result["rows"][0], "images": 2048, "limit_gib": 14.0}
+    result["rows"].append(other)
+    assert "18 GiB (A0 2048: 14) or 900 s" == tables.limits(result)
+    assert "a side is stopped at 18 GiB (A0 2048: 14) or 900 s" in tables.text(result)
 
 
 def test_the_page_is_made_from_the_committed_result(tables):

@@ -115,10 +115,22 @@ def test_the_cache_is_listed_and_emptied(exports: Exports, tmp_path: Path) -> No
 def test_recipes_share_the_float_graph_and_give_the_same_as_without_a_cache(
     exports: Exports,
 ) -> None:
-    """The ledger of a reused float graph goes on where it stopped."""
-    assert {"float": True, "draft": False, "engine": False} == exports.export(
-        "mse", "--target", "sm86", "--recipe", "mse"
+    """The ledger of a reused float graph goes on where it stopped; no simplifier is started."""
+    code = (
+        "import sys; from exporter import cli, simplify; simplify.started_simplifier = None;"
+        "sys.exit(cli.main(sys.argv[1:]))"
     )
+    process = subprocess.run(
+        [sys.executable, "-c", code, *EXPORT, "--out", "mse", "--target", "sm86",
+         "--recipe", "mse"],
+        capture_output=True, text=True, env=exports.environment, cwd=exports.root, timeout=300,
+        check=False,
+    )  # fmt: skip
+    assert 0 == process.returncode, process.stderr
+    stages = json.loads(process.stdout)["stages"]
+    assert {"float": True, "draft": False, "engine": False} == {
+        stage["stage"]: stage["reused"] for stage in stages
+    }
     exports.export("anew", "--target", "sm86", "--recipe", "mse", "--no-cache")
     mse, anew = exports.root / "mse", exports.root / "anew"
     for name in ("model.onnx", "model.int8.onnx", "calibration.json", "reference.npz"):

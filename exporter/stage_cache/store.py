@@ -83,6 +83,10 @@ class StageStore:
         with self._lock(f"{stage}-{key[:2]}"):
             yield
 
+    def has(self, stage: str, key: str) -> bool:
+        """Whether there is an entry at this moment; nothing of it is read."""
+        return self._path(stage, key).exists()
+
     def fetch(self, stage: str, key: str, folder: Path) -> EntryInfo | None:
         """Copy the files of an entry into ``folder``; None where there is no whole one."""
         path = self._path(stage, key)

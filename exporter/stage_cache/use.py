@@ -66,6 +66,10 @@ class CachedStages:
         """Keep nothing of this run from here on."""
         self.store, self.why_not = None, reason
 
+    def has(self, stage: str, named: Mapping[str, str]) -> bool:
+        """Whether there is an entry for these inputs, be it damaged."""
+        return self.store is not None and self.store.has(stage, key_of(stage, named))
+
     def get(
         self,
         stage: str,

@@ -128,9 +128,12 @@ def test_the_verdict_says_what_passed_and_what_did_not_run(report_content: Repor
 
 
 def test_stages_that_were_compared_on_fewer_images_say_so(
-    report_content: ReportContent, capsys: pytest.CaptureFixture[str]
+    report_content: ReportContent,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In the verdict, in the row, and in the terminal's table, which else needs no such column."""
+    monkeypatch.setenv("COLUMNS", "160")
     rows = [dict(row) for row in report_content.parity["stages"]]
     rows[0]["images"], rows[1]["images"] = 4, 10
     parity = {**report_content.parity, "stages": rows}

@@ -5,7 +5,7 @@ what is left of it.
 """
 
 from exporter.cases.case_result import CaseResult, Status, exit_code_of
-from exporter.cases.complaints import Complaints, nearest
+from exporter.cases.complaints import Complaints
 from exporter.cases.request_keys import KEYS, Layers, read_values
 from exporter.cases.run import run_case
 from exporter.cases.toml_file import SAFE_NAME, read_toml, table_of, tables_of
@@ -18,7 +18,6 @@ __all__ = [
     "Layers",
     "Status",
     "exit_code_of",
-    "nearest",
     "read_toml",
     "read_values",
     "run_case",

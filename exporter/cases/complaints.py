@@ -17,6 +17,10 @@ class Complaints:
         """One complaint; several keys are given as one text."""
         self.add_at([f"{table}, {key}"], words)
 
+    def add_unknown(self, table: str, key: str, known: Iterable[str]) -> None:
+        """A key that is none of ``known``, with the nearest of them."""
+        self.add(table, key, f"unknown{_nearest(key, known)}")
+
     def add_at(self, places: Iterable[str], words: str) -> None:
         """One complaint that several places share."""
         sentence = f"{' and '.join(dict.fromkeys(places))}: {words}"
@@ -24,7 +28,7 @@ class Complaints:
             self.all.append(sentence)
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def _nearest(word: str, known: Iterable[str]) -> str:
     """`` (nearest: x; known: x, y)``, without the list where it is long."""
     names = list(known)
     near = difflib.get_close_matches(word, names, n=1, cutoff=0.4)

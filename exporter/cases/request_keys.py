@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter.build_options import BuildOptions
-from exporter.cases.complaints import Complaints, nearest
+from exporter.cases.complaints import Complaints
 from exporter.devices import resolve_targets
 from exporter.errors import InputError, InvalidRequestError
 from exporter.request import ExportRequest, validate
@@ -65,7 +65,7 @@ def read_values(
         if key in apart:
             continue
         if key not in KEYS:
-            complaints.add(place, key, f"unknown{nearest(key, (*KEYS, *apart))}")
+            complaints.add_unknown(place, key, (*KEYS, *apart))
             continue
         value = _converted(key, raw)
         if value is None:

@@ -36,7 +36,6 @@ from exporter.cases import (
     SAFE_NAME,
     Complaints,
     Layers,
-    nearest,
     read_toml,
     read_values,
     table_of,
@@ -85,7 +84,7 @@ def read_matrix(path: Path) -> MatrixConfig:
     content = read_toml(path)
     complaints = Complaints()
     for key in content.keys() - set(_TABLES):
-        complaints.add("the file", key, f"unknown{nearest(key, _TABLES)}")
+        complaints.add_unknown("the file", key, _TABLES)
     axes = _axes(table_of(content, "matrix", complaints), complaints)
     defaults = table_of(content, "defaults", complaints)
     overrides = [
@@ -115,7 +114,7 @@ def _axes(table: Mapping[str, Any], complaints: Complaints) -> dict[str, tuple[A
     for key, raw in table.items():
         values = raw if isinstance(raw, list) else [raw]
         if key not in KEYS:
-            complaints.add("[matrix]", key, f"unknown{nearest(key, KEYS)}")
+            complaints.add_unknown("[matrix]", key, KEYS)
         elif not values:
             complaints.add("[matrix]", key, "has no values")
         elif any(isinstance(value, list | dict) for value in values):
@@ -178,7 +177,7 @@ class _Override:
 def _condition(table: Mapping[str, Any], place: str, complaints: Complaints) -> Mapping[str, Any]:
     for key in table:
         if key not in KEYS:
-            complaints.add(place, key, f"unknown{nearest(key, KEYS)}")
+            complaints.add_unknown(place, key, KEYS)
     return table
 
 

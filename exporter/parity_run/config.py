@@ -30,7 +30,6 @@ from exporter.cases import (
     SAFE_NAME,
     Complaints,
     Layers,
-    nearest,
     read_toml,
     read_values,
     table_of,
@@ -70,7 +69,7 @@ def read_config(path: Path) -> ParityConfig:
     content = read_toml(path)
     complaints = Complaints()
     for key in content.keys() - set(_TABLES):
-        complaints.add("the file", key, f"unknown{nearest(key, _TABLES)}")
+        complaints.add_unknown("the file", key, _TABLES)
     defaults = table_of(content, "defaults", complaints)
     margins = table_of(content, "margins", complaints)
     shared = _Shared(
@@ -139,7 +138,7 @@ def _margins(
     found = {}
     for key, value in table.items():
         if key not in KINDS:
-            complaints.add(place, key, f"unknown{nearest(key, KINDS)}")
+            complaints.add_unknown(place, key, KINDS)
         elif (
             isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e300
         ):

@@ -8,8 +8,7 @@ gate ends the run.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from contextlib import nullcontext
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,7 +42,7 @@ from exporter.precision_stage import Precise, apply_precision
 from exporter.private_folder import scratch_folder
 from exporter.prologue import Prologue
 from exporter.prologue_stage import choose_prologue, precede
-from exporter.simplify import Simplifier, started_simplifier
+from exporter.simplify import Simplifier
 from exporter.spec import ExportSpec, Precision
 from exporter.spread import Spread
 from exporter.stage_cache import CachedStages, float_inputs
@@ -57,15 +56,15 @@ def make_draft(
     scene: Scene,
     stages: CachedStages,
     *,
+    simplifier: Callable[[], Simplifier],
     inputs: Inputs | None = None,
     half_scales: bool = False,
     spread: Spread | None = None,
-    simplifier: Simplifier | None = None,
 ) -> Draft:
     """Make the graphs that ``spec`` asks for, in ``folder``, and measure them.
 
     ``inputs`` replaces what :func:`prepare` would load; ``spread`` helps to look at images;
-    ``simplifier`` has been started already.
+    ``simplifier`` gives the one that is running, or starts it.
     ``half_scales`` is for targets that compute INT8 in half. ``scene`` learns what a failed gate
     will have to tell. The float graph comes from ``stages``.
 
@@ -129,7 +128,7 @@ def _float_graph(
     clock: StageClock,
     scene: Scene,
     stages: CachedStages,
-    simplifier: Simplifier | None,
+    simplifier: Callable[[], Simplifier],
 ) -> tuple[FloatGraph, Judge]:
     """The graph, and a judge that has its rows."""
 
@@ -143,11 +142,11 @@ def _float_graph(
     judges: list[Judge] = []
 
     def make() -> FloatGraph:
-        with nullcontext(simplifier) if simplifier else started_simplifier() as started:
-            with clock.stage("reparameterize"):
-                judges.append(judge_of())
-                fused = fuse_network(inputs, judges[0])
-            return make_float_graph(spec, inputs, fused, judges[0], clock=clock, simplifier=started)
+        started = simplifier()
+        with clock.stage("reparameterize"):
+            judges.append(judge_of())
+            fused = fuse_network(inputs, judges[0])
+        return make_float_graph(spec, inputs, fused, judges[0], clock=clock, simplifier=started)
 
     with scratch_folder("stages") as temporary:
         made = stages.get(

@@ -6,8 +6,9 @@ onnx. The first failed gate ends the run and nothing is published.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,8 +163,10 @@ def _draft(
         # process, where it will be wanted, loads its libraries meanwhile.
         from exporter.simplify import started_simplifier
 
-        wanted = not stages.has(FLOAT, float_part(stages.named[DRAFT]))
-        with started_simplifier() if wanted else nullcontext() as simplifier:
+        with ExitStack() as held:
+            simplifier = functools.cache(lambda: held.enter_context(started_simplifier()))
+            if not stages.has(FLOAT, float_part(stages.named[DRAFT])):
+                simplifier()
             from exporter.drafting import make_draft
 
             return make_draft(

@@ -155,7 +155,7 @@ class StageStore:
             with contextlib.suppress(DamagedEntryError, FileNotFoundError), _unless_damaged():
                 named = json.loads((folder / _ENTRY).read_text("utf-8"))
                 entry = _read(folder, named["stage"], named["key"])
-                if not self._path(entry["stage"], entry["key"]).exists():
+                if not self.has(entry["stage"], entry["key"]):
                     files = [folder / name for name in entry["files"]]
                     inputs, seconds = entry["inputs"], entry["seconds"]
                     self.put(entry["stage"], entry["key"], inputs, seconds, files)

@@ -21,7 +21,15 @@ from calibration.images import (
     unreadable,
 )
 from exporter.errors import InputError
-from exporter.onnx_runner import BATCH_SIZE, Batch, FloatArray, Outputs, Runner
+from exporter.onnx_runner import (
+    BATCH_SIZE,
+    Batch,
+    FloatArray,
+    Outputs,
+    Runner,
+    in_steps,
+    joined,
+)
 from exporter.spread import Spread, cut
 
 LabelArray = npt.NDArray[np.int64]
@@ -265,8 +273,7 @@ class ArrayImages:
 
     def batches(self) -> Iterator[Batch]:
         for chunk in self._merged():
-            for start in range(0, len(chunk[0]), BATCH_SIZE):
-                yield tuple(array[start : start + BATCH_SIZE] for array in chunk)
+            yield from in_steps(chunk)
 
     def _merged(self) -> Iterator[Batch]:
         """Neighbours of one size as one, so that batches do not depend on how they were passed."""
@@ -320,12 +327,3 @@ def outputs_of(run: Runner, batches: Iterable[Batch], own: Sizes | None = None) 
         mark = "" if own == sizes_of(batch) else f"@{'x'.join(map(str, batch[0].shape[2:]))}"
         found.append({f"{name}{mark}": values for name, values in run(batch).items()})
     return joined(found)
-
-
-def joined(parts: Iterable[Outputs]) -> Outputs:
-    """Outputs of images that follow one another as those of all of them."""
-    found: dict[str, list[FloatArray]] = {}
-    for part in parts:
-        for name, values in part.items():
-            found.setdefault(name, []).append(values)
-    return {name: np.concatenate(values) for name, values in found.items()}

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import islice
 from typing import TypeVar
 
 from exporter import parity
 from exporter.comparison import accuracy
 from exporter.deviation import Localization
 from exporter.errors import GateFailedError
-from exporter.image_set import Advance, ImageSet, LabelArray, Sizes, joined, outputs_of, sizes_of
+from exporter.image_set import Advance, ImageSet, LabelArray, Sizes, outputs_of, sizes_of
 from exporter.layer_figures import LayerTable
 from exporter.ledger import Ledger, MixedPrecision, Rung
 from exporter.localization import Suspect
 from exporter.network import Interface, resized, torch_runner
-from exporter.onnx_runner import BATCH_SIZE, Batch, Outputs, Runner
+from exporter.onnx_runner import BATCH_SIZE, Batch, Outputs, Runner, joined
 from exporter.parity import Gate, StageResult
 from exporter.prologue import Prologue
 from exporter.source import Source
@@ -177,7 +177,7 @@ class Judge:
             yield self._resized(self.first_batch(), sides)
 
     def _own_batches(self) -> Iterator[Batch]:
-        return itertools.islice(self._images.batches(), self._limit)
+        return islice(self._images.batches(), self._limit)
 
     def samples(self, count: int) -> list[Batch]:
         """The first ``count`` images, in each size."""
@@ -209,10 +209,10 @@ class Judge:
         reference = self._unquantized if is_float and self._unquantized else self.original
         few = self._few_batches(stage)
         if few is None:
-            outputs = self._outputs(run)
+            outputs, count = self._outputs(run), self._count
         else:
-            outputs = outputs_of(run, itertools.islice(self._images.batches(), few))
-            reference = {name: values[: few * BATCH_SIZE] for name, values in reference.items()}
+            outputs, count = outputs_of(run, islice(self._images.batches(), few)), few * BATCH_SIZE
+            reference = {name: values[:count] for name, values in reference.items()}
         result = parity.judge_outputs(
             stage,
             reference,
@@ -222,9 +222,9 @@ class Judge:
             labels=self.labels if few is None else None,
             classifier=self._interface.num_classes is not None,
         )
-        count = self._count if few is None else few * BATCH_SIZE
-        result = replace(result, images=count)
-        result = replace(result, reference=UNQUANTIZED) if is_float else result
+        result = replace(
+            result, images=count, reference=UNQUANTIZED if is_float else result.reference
+        )
         worst = self._worst_images(result, reference, outputs, count)
         self._scored += [(result, worst)] if worst else []
         return result

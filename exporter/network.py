@@ -12,14 +12,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from calibration.parallel import on_all_cores
 from exporter.errors import InputError
-from exporter.onnx_runner import Batch, Outputs, Runner
+from exporter.onnx_runner import Batch, Outputs, Runner, in_steps, joined
 from exporter.profiles import SizeProfile
 from models.repvgg import RepVGG
 
@@ -151,17 +150,14 @@ class TorchRunner:
     def __call__(self, batch: Batch) -> Outputs:
         values = sum(array[0].size for array in batch)
         size = max(1, min(_STEP_IMAGES, _STEP_VALUES // max(1, values)))
-        steps = [
-            tuple(array[start : start + size] for array in batch)
-            for start in range(0, len(batch[0]), size)
-        ]
-        if isinstance(self.module, RepVGG):
-            threads = torch.get_num_threads()
-            found = on_all_cores(self._step_on_one_thread, steps)
+        steps = in_steps(batch, size)
+        if not isinstance(self.module, RepVGG):
+            return joined(map(self._step, steps))
+        threads = torch.get_num_threads()
+        try:
+            return joined(on_all_cores(self._step_on_one_thread, steps))
+        finally:
             torch.set_num_threads(threads)
-        else:
-            found = [self._step(step) for step in steps]
-        return {name: np.concatenate([part[name] for part in found]) for name in self.names}
 
     def _step_on_one_thread(self, batch: Batch) -> Outputs:
         torch.set_num_threads(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,7 +89,7 @@ class OnnxRunner:
 
     def run(self, batch: Batch) -> Outputs:
         """All outputs by name, computed at most ``BATCH_SIZE`` images a step."""
-        chunks = [self._step(chunk) for chunk in _chunks(batch)]
+        chunks = [self._step(chunk) for chunk in in_steps(batch)]
         columns = zip(*chunks, strict=True)
         values = [column[0] if len(column) == 1 else np.concatenate(column) for column in columns]
         return dict(zip(self.output_names, values, strict=True))
@@ -110,9 +110,19 @@ class OnnxRunner:
         return values
 
 
-def _chunks(batch: Batch) -> Iterator[Batch]:
-    for start in range(0, len(batch[0]), BATCH_SIZE):
-        yield tuple(array[start : start + BATCH_SIZE] for array in batch)
+def in_steps(batch: Batch, size: int = BATCH_SIZE) -> Iterator[Batch]:
+    """The images of ``batch``, at most ``size`` at a time."""
+    for start in range(0, len(batch[0]), size):
+        yield tuple(array[start : start + size] for array in batch)
+
+
+def joined(parts: Iterable[Outputs]) -> Outputs:
+    """Outputs of images that follow one another as those of all of them."""
+    found: dict[str, list[FloatArray]] = {}
+    for part in parts:
+        for name, values in part.items():
+            found.setdefault(name, []).append(values)
+    return {name: np.concatenate(values) for name, values in found.items()}
 
 
 def fits(

@@ -369,7 +369,7 @@ def test_keep_float_keeps_the_named_convolutions_and_says_so(command, tmp_path):
     """The engine runs the others in INT8; a name that is none is refused with the known ones."""
     out = tmp_path / "b"
     arguments = (
-        "engine", "A0", "--target", "sm86", "--recipe", "minmax", "--evaluation-images", "64",
+        "engine", "A0", "--target", "sm86", "--recipe", "equalize", "--evaluation-images", "64",
         "--json",
     )  # fmt: skip
     process = command(*arguments, "--keep-float", "stage0.conv, stage4.0.conv", "--out", str(out))

@@ -39,17 +39,9 @@ def deferred(command, tmp_path_factory):
     """An fp16 bundle for a device that builds its own engine."""
     out = tmp_path_factory.mktemp("deferred") / "bundle"
     process = command(
-        "engine",
-        "A0",
-        "--precision",
-        "fp16",
-        "--target",
-        "orin-nano",
-        "--out",
-        str(out),
-        "--evaluation-images",
-        "64",
-    )
+        "engine", "A0", "--precision", "fp16", "--target", "orin-nano", "--out", str(out),
+        "--evaluation-images", "64",
+    )  # fmt: skip
     return out, process
 
 

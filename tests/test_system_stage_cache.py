@@ -43,6 +43,17 @@ class Exports:
         result: dict[str, Any] = json.loads(out)
         return result
 
+    def run_program(self, code: str, *arguments: str) -> dict[str, Any]:
+        """What the command prints that the Python program ``code`` runs."""
+        process = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            capture_output=True, text=True, env=self.environment, cwd=self.root, timeout=300,
+            check=False,
+        )  # fmt: skip
+        assert 0 == process.returncode, process.stderr
+        result: dict[str, Any] = json.loads(process.stdout)
+        return result
+
     def export(self, out: str, *options: str) -> dict[str, bool]:
         """Which stages were reused."""
         result = self.run(*EXPORT, "--out", out, *options)
@@ -64,14 +75,8 @@ def test_another_target_builds_the_engine_only(exports: Exports) -> None:
         "import sys; from exporter import cli; code = cli.main(sys.argv[1:]);"
         "assert not {'torch', 'onnx', 'onnxruntime'} & sys.modules.keys(); sys.exit(code)"
     )
-    arguments = (*EXPORT, "--out", "second", "--target", "sm89")
-    process = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        capture_output=True, text=True, env=exports.environment, cwd=exports.root, timeout=300,
-        check=False,
-    )  # fmt: skip
-    assert 0 == process.returncode, process.stderr
-    draft, engine = json.loads(process.stdout)["stages"]
+    found = exports.run_program(code, *EXPORT, "--out", "second", "--target", "sm89")
+    draft, engine = found["stages"]
     assert (True, False) == (draft["reused"], engine["reused"])
     assert {"target": ["sm86", "sm89"]} == engine["changed"]
     first, second = exports.root / "first", exports.root / "second"
@@ -120,16 +125,11 @@ def test_recipes_share_the_float_graph_and_give_the_same_as_without_a_cache(
         "import sys; from exporter import cli, simplify; simplify.started_simplifier = None;"
         "sys.exit(cli.main(sys.argv[1:]))"
     )
-    process = subprocess.run(
-        [sys.executable, "-c", code, *EXPORT, "--out", "mse", "--target", "sm86",
-         "--recipe", "mse"],
-        capture_output=True, text=True, env=exports.environment, cwd=exports.root, timeout=300,
-        check=False,
-    )  # fmt: skip
-    assert 0 == process.returncode, process.stderr
-    stages = json.loads(process.stdout)["stages"]
+    found = exports.run_program(
+        code, *EXPORT, "--out", "mse", "--target", "sm86", "--recipe", "mse"
+    )
     assert {"float": True, "draft": False, "engine": False} == {
-        stage["stage"]: stage["reused"] for stage in stages
+        stage["stage"]: stage["reused"] for stage in found["stages"]
     }
     exports.export("anew", "--target", "sm86", "--recipe", "mse", "--no-cache")
     mse, anew = exports.root / "mse", exports.root / "anew"

@@ -273,7 +273,7 @@ class ArrayImages:
 
     def batches(self) -> Iterator[Batch]:
         for chunk in self._merged():
-            yield from in_steps(chunk)
+            yield from in_steps(chunk, BATCH_SIZE)
 
     def _merged(self) -> Iterator[Batch]:
         """Neighbours of one size as one, so that batches do not depend on how they were passed."""

@@ -89,7 +89,7 @@ class OnnxRunner:
 
     def run(self, batch: Batch) -> Outputs:
         """All outputs by name, computed at most ``BATCH_SIZE`` images a step."""
-        chunks = [self._step(chunk) for chunk in in_steps(batch)]
+        chunks = [self._step(chunk) for chunk in in_steps(batch, BATCH_SIZE)]
         columns = zip(*chunks, strict=True)
         values = [column[0] if len(column) == 1 else np.concatenate(column) for column in columns]
         return dict(zip(self.output_names, values, strict=True))
@@ -110,7 +110,7 @@ class OnnxRunner:
         return values
 
 
-def in_steps(batch: Batch, size: int = BATCH_SIZE) -> Iterator[Batch]:
+def in_steps(batch: Batch, size: int) -> Iterator[Batch]:
     """The images of ``batch``, at most ``size`` at a time."""
     for start in range(0, len(batch[0]), size):
         yield tuple(array[start : start + size] for array in batch)

@@ -25,10 +25,10 @@ from matplotlib.axes import Axes
 from calibration.chain import ConvStage, rescale
 from calibration.images import Preprocess
 from calibration.moments import ChannelStatistics
-from exporter.chain_quantizer import observe_chain, quantize_observed
-from exporter.image_set import FolderImages
 from exporter.onnx_export import export_onnx
-from exporter.plain_chain import PlainChain, read_chain, with_chain
+from exporter.quantization.chain_quantizer import observe_chain, quantize_observed
+from exporter.quantization.plain_chain import PlainChain, read_chain, with_chain
+from exporter.running.image_set import FolderImages
 from models.checkpoint import load_checkpoint
 from models.fusion import reparameterize
 from models.registry import bundled_weights

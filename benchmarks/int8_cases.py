@@ -16,9 +16,9 @@ import textures
 
 from calibration.chain import rescale
 from calibration.images import Preprocess
-from exporter.image_set import FolderImages
 from exporter.onnx_export import export_onnx
-from exporter.plain_chain import read_chain, with_chain
+from exporter.quantization.plain_chain import read_chain, with_chain
+from exporter.running.image_set import FolderImages
 from models.checkpoint import load_checkpoint
 from models.fusion import reparameterize
 from models.registry import bundled_weights

@@ -28,12 +28,12 @@ from onnx import helper, numpy_helper
 
 from calibration.table import CalibrationTable
 from exporter.bundle import CALIBRATION, MODEL, Bundle
-from exporter.comparison import compare
 from exporter.engine import BuildRequest, TensorRtRtx, build_log, inventory
-from exporter.half_scales import to_half_scales
-from exporter.onnx_runner import OnnxRunner
+from exporter.parity.comparison import compare
 from exporter.profiles import BatchProfile
+from exporter.quantization.half_scales import to_half_scales
 from exporter.quantize import quantize
+from exporter.running.onnx_runner import OnnxRunner
 from exporter.spec import Precision
 
 RESULTS = Path(__file__).parent / "results"

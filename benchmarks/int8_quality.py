@@ -37,7 +37,7 @@ from modelopt_environment import VERSION, UnavailableError, modelopt_python
 from quantizer_job import Job
 from quantizer_run import Cost, Failure, run
 
-from exporter.onnx_runner import OnnxRunner
+from exporter.running.onnx_runner import OnnxRunner
 
 FloatArray = npt.NDArray[np.float32]
 RESULTS = Path(__file__).parent / "results" / "int8_quality"

@@ -36,7 +36,7 @@ from typing import Any
 from kill_child import FILE_STEP, Run, in_child, write_bundle
 
 from exporter.bundle import MANIFEST, UNLISTED, Bundle
-from exporter.bundle_writer import BundleWriter
+from exporter.bundle.writer import BundleWriter
 
 SHARES = {"whole run": 0.5, "simplify": 0.05, "engine": 0.2, "publish": 0.25}
 """Of the kills of exports."""

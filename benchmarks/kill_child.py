@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from exporter import export, pipeline, replacing
+from exporter import export, pipeline
 from exporter.bundle import PARITY, dumps
-from exporter.bundle_writer import BundleWriter
+from exporter.bundle.writer import BundleWriter
+from exporter.files import replacing
 from models import RepVGG, Variant
 
 FILE_STEP = "file step"

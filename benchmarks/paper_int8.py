@@ -16,9 +16,9 @@ import onnx
 import onnxruntime_ptq
 from ort_profile import open_session, session_options
 
-from exporter.image_set import ArrayImages
-from exporter.plain_chain import read_chain
-from exporter.quantizers import QuantizerOptions, open_quantizer
+from exporter.quantization.plain_chain import read_chain
+from exporter.quantization.quantizers import QuantizerOptions, open_quantizer
+from exporter.running.image_set import ArrayImages
 from exporter.spec import Recipe
 
 OURS, ONNXRUNTIME = "ours", "onnxruntime"

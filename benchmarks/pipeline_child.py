@@ -91,7 +91,7 @@ def prepare(variant: str, target: Path) -> None:
     """A checkpoint in train form whose activations keep their size."""
     from safetensors.torch import save_file
 
-    from exporter.source import load_network
+    from exporter.sources.source import load_network
     from exporter.spec import RANDOM, ExportSpec, Precision
 
     spec = ExportSpec(

@@ -21,14 +21,14 @@ import onnxruntime_ptq
 from quantizer_job import Job, answer
 
 from calibration.recipe import RecipeOptions
-from exporter.chain_quantizer import observe_chain, quantize_observed
-from exporter.image_set import Pass, Result, unheard
-from exporter.onnx_runner import Batch, OnnxRunner
-from exporter.plain_chain import read_chain
+from exporter.quantization.chain_quantizer import observe_chain, quantize_observed
+from exporter.quantization.plain_chain import read_chain
+from exporter.running.image_set import Pass, Result, unheard
+from exporter.running.onnx_runner import Batch, OnnxRunner
 
 
 class JobImages:
-    """A job's images as an exporter.image_set.ImageSet that holds one batch at a time."""
+    """A job's images as an exporter.running.image_set.ImageSet that holds one batch at a time."""
 
     description = "benchmark"
     first = 0

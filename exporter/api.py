@@ -12,14 +12,14 @@ from torch import nn
 
 from exporter import pipeline
 from exporter.bundle import Bundle
-from exporter.custom import array_images, example_tensors, module_source
 from exporter.errors import InputError
-from exporter.image_set import ArrayImages
-from exporter.inputs import prepare
 from exporter.network import BATCH, HEIGHT, WIDTH, Port, classifier_interface
-from exporter.onnx_runner import FloatArray
 from exporter.request import ExportRequest, validate
-from exporter.source import Source, load_network
+from exporter.running.image_set import ArrayImages
+from exporter.running.onnx_runner import FloatArray
+from exporter.sources.custom import array_images, example_tensors, module_source
+from exporter.sources.inputs import prepare
+from exporter.sources.source import Source, load_network
 from exporter.spec import ExportSpec
 from models.fusion import reparameterize as _reparameterize
 from models.repvgg import RepVGG

@@ -18,8 +18,8 @@ from calibration.table import CalibrationTable, TensorRange
 from calibration.threshold import Method, activation_scale, threshold
 from exporter.errors import InputError
 from exporter.graph import boundary_tensors, graph_sha256, with_outputs
-from exporter.image_set import Advance, ImageSet, unheard
-from exporter.onnx_runner import Batch, FloatArray, OnnxRunner
+from exporter.running.image_set import Advance, ImageSet, unheard
+from exporter.running.onnx_runner import Batch, FloatArray, OnnxRunner
 
 PERCENTILE = 99.99
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from exporter.pipeline import ExportResult
-    from exporter.plan_content import Plan
+    from exporter.plan.content import Plan
 
 
 _WIDTH = 120
@@ -111,7 +111,7 @@ def print_stages(result: ExportResult) -> None:
 
 def print_plan(plan: Plan) -> None:
     """What would be done, where the engines are built, and what to expect."""
-    from exporter.plan_view import plan_lines, plan_tables
+    from exporter.plan.view import plan_lines, plan_tables
 
     for table in plan_tables(plan):
         print_table(table)

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from exporter.ledger import Ledger
-from exporter.plan_commands import GraphInput
+from exporter.parity.ledger import Ledger
+from exporter.plan.commands import GraphInput
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

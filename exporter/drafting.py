@@ -15,18 +15,9 @@ from pathlib import Path
 import onnx
 
 from exporter import bundle as files
-from exporter.annotation import annotate_precision
 from exporter.clock import StageClock
 from exporter.draft import Draft, ExpectedConvolutions
-from exporter.evidence import (
-    document,
-    gather,
-    pictures,
-    what_went_in,
-    write_calibration,
-    write_reference,
-)
-from exporter.failure import Scene, Told
+from exporter.files.private_folder import scratch_folder
 from exporter.float_graph import (
     FloatGraph,
     fuse_network,
@@ -35,18 +26,27 @@ from exporter.float_graph import (
     save_float_graph,
 )
 from exporter.graph import pointwise_convolutions, quantizable
-from exporter.inputs import Inputs, prepare
-from exporter.judge import Judge, Judged
-from exporter.plan_commands import GraphInput
-from exporter.precision_stage import Precise, apply_precision
-from exporter.private_folder import scratch_folder
-from exporter.prologue import Prologue
-from exporter.prologue_stage import choose_prologue, precede
+from exporter.graph.annotation import annotate_precision
+from exporter.graph.prologue import Prologue
+from exporter.plan.commands import GraphInput
+from exporter.running.spread import Spread
 from exporter.simplify import Simplifier
+from exporter.sources.inputs import Inputs, prepare
 from exporter.spec import ExportSpec, Precision
-from exporter.spread import Spread
 from exporter.stage_cache import CachedStages, float_inputs
 from exporter.stage_cache.keys import FLOAT
+from exporter.stages.evidence import (
+    document,
+    gather,
+    pictures,
+    what_went_in,
+    write_calibration,
+    write_reference,
+)
+from exporter.stages.failure import Scene, Told
+from exporter.stages.judge import Judge, Judged
+from exporter.stages.precision import Precise, apply_precision
+from exporter.stages.prologue import choose_prologue, precede
 
 
 def make_draft(

@@ -29,8 +29,8 @@ from exporter.device import (
 )
 from exporter.device.accuracy import TOP, Evaluation, Labels, Shard, ranks
 from exporter.errors import GateFailedError, InputError
-from exporter.onnx_runner import FloatArray
 from exporter.pixel_input import Layout, recorded_layout
+from exporter.running.onnx_runner import FloatArray
 
 InputArray = npt.NDArray[Any]
 

@@ -15,21 +15,21 @@ import onnx
 from torch import nn
 
 from exporter import contract
-from exporter.annotation import Description, annotate
 from exporter.clock import StageClock
 from exporter.contract import ContractVerdict
-from exporter.evidence import graph_metadata, model_figures
-from exporter.fused_blocks import Fused, expected_blocks, fuse
-from exporter.inputs import Inputs
-from exporter.judge import Judge, Judged, Verdicts
-from exporter.localization import GraphPair
-from exporter.module_localization import ModulePair
+from exporter.graph.annotation import Description, annotate
+from exporter.localization.graphs import GraphPair
+from exporter.localization.modules import ModulePair
 from exporter.network import torch_runner
 from exporter.onnx_export import export_network, export_onnx
-from exporter.onnx_runner import OnnxRunner
+from exporter.running.onnx_runner import OnnxRunner
 from exporter.simplify import Simplifier, simplify
+from exporter.sources.inputs import Inputs
 from exporter.spec import ExportSpec
 from exporter.stage_cache.values import read_value, write_value
+from exporter.stages.evidence import graph_metadata, model_figures
+from exporter.stages.fused_blocks import Fused, expected_blocks, fuse
+from exporter.stages.judge import Judge, Judged, Verdicts
 from models import BlockEquivalence
 from models.repvgg import RepVGG
 from models.variants import Squeeze

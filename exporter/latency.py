@@ -28,8 +28,8 @@ from exporter.device.timing import (
     timed,
 )
 from exporter.errors import InputError
-from exporter.onnx_runner import Batch
 from exporter.profiles import BatchProfile
+from exporter.running.onnx_runner import Batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,8 +18,8 @@ from torch.nn import functional
 
 from calibration.parallel import on_all_cores
 from exporter.errors import InputError
-from exporter.onnx_runner import Batch, Outputs, Runner, in_steps, joined
 from exporter.profiles import SizeProfile
+from exporter.running.onnx_runner import Batch, Outputs, Runner, in_steps, joined
 from models.repvgg import RepVGG
 
 BATCH, HEIGHT, WIDTH = "batch", "height", "width"

@@ -15,24 +15,21 @@ from typing import TYPE_CHECKING, Any
 
 from exporter import parity
 from exporter.bundle import Bundle
-from exporter.bundle_writer import BundleWriter, Signer
+from exporter.bundle.writer import BundleWriter, Signer
 from exporter.clock import Progress, StageClock, silent
 from exporter.devices import RTX, resolve_targets
 from exporter.draft import Draft
 from exporter.engine import Backend, BuiltEngine, engine_not_run_reason
-from exporter.engine_stage import build_engine, build_request, engine_build, require_possible
-from exporter.failure import Scene, told_if_failed
-from exporter.ledger import Ledger
-from exporter.plan_engine import (
+from exporter.parity.ledger import Ledger
+from exporter.plan.engine import (
     EngineDecision,
     EngineOutcome,
     choose_backend,
     decide_engine,
     defer,
 )
-from exporter.publication import publish
+from exporter.running.spread import Spread
 from exporter.spec import ExportSpec
-from exporter.spread import Spread
 from exporter.stage_cache import (
     CachedStages,
     StageStore,
@@ -42,9 +39,12 @@ from exporter.stage_cache import (
 )
 from exporter.stage_cache.entries import load_draft, load_engine, save_draft, save_engine
 from exporter.stage_cache.keys import DRAFT, ENGINE, FLOAT, float_part
+from exporter.stages.engine import build_engine, build_request, engine_build, require_possible
+from exporter.stages.failure import Scene, told_if_failed
+from exporter.stages.publication import publish
 
 if TYPE_CHECKING:
-    from exporter.inputs import Inputs
+    from exporter.sources.inputs import Inputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,9 +75,9 @@ def run(
 ) -> ExportResult:
     """Do everything that ``spec`` asks for and publish the bundle.
 
-    ``inputs`` replaces what :func:`exporter.inputs.prepare` would load. With a ``cache`` stages
-    that another run has made are taken from there; only for a spec without ``inputs``, which alone
-    says what they depend on. ``out`` is where to publish in place of ``spec.out``, which the
+    ``inputs`` replaces what :func:`exporter.sources.inputs.prepare` would load. With a ``cache``
+    stages that another run has made are taken from there; only for a spec without ``inputs``, which
+    alone says what they depend on. ``out`` is where to publish in place of ``spec.out``, which the
     manifest still names; ``signer`` signs what is published. ``spread`` helps to look at images,
     which changes no byte of what is made.
 

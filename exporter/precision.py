@@ -27,7 +27,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from exporter.errors import GateFailedError
 from exporter.graph import attributes, in_opset, with_outputs
-from exporter.onnx_runner import Batch, OnnxRunner
+from exporter.running.onnx_runner import Batch, OnnxRunner
 
 HALF_MAX = 65504.0
 

@@ -22,9 +22,9 @@ import numpy as np
 import onnx
 
 from exporter.errors import EnvironmentLackError, GateFailedError
-from exporter.localization import GraphPair, localize
-from exporter.onnx_runner import Batch, FloatArray, OnnxRunner
-from exporter.private_folder import require_space, scratch_folder
+from exporter.files.private_folder import require_space, scratch_folder
+from exporter.localization.graphs import GraphPair, localize
+from exporter.running.onnx_runner import Batch, FloatArray, OnnxRunner
 
 # The current directory is taken off the path, because its files could shadow the libraries. The
 # process ends with its parent, also where that is killed; if it was killed before the kernel was

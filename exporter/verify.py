@@ -22,9 +22,9 @@ from exporter.device import (
     require_intact,
 )
 from exporter.errors import EnvironmentLackError, GateFailedError, InputError
-from exporter.ledger import Ledger
-from exporter.onnx_runner import Batch, OnnxRunner, Outputs
 from exporter.parity import ORIGINAL, Gate, StageResult
+from exporter.parity.ledger import Ledger
+from exporter.running.onnx_runner import Batch, OnnxRunner, Outputs
 
 _ENGINE = "engine"
 _SIMPLIFIED = "simplified"

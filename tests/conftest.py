@@ -15,13 +15,13 @@ import pytest
 from filelock import FileLock
 
 from calibration.sensitivity import ParetoPoint
-from exporter.comparison import Comparison
-from exporter.layer_figures import ChannelSpread, LayerFigures, LayerTable, Spreads
-from exporter.ledger import CurvePoint, Ledger, MixedPrecision, Rung
 from exporter.parity import GATES, Gate, StageResult, not_run
+from exporter.parity.comparison import Comparison
+from exporter.parity.layer_figures import ChannelSpread, LayerFigures, LayerTable, Spreads
+from exporter.parity.ledger import CurvePoint, Ledger, MixedPrecision, Rung
+from exporter.parity.worst_images import worst_images
 from exporter.report import ReportContent, thumbnails
 from exporter.request import ExportRequest, validate
-from exporter.worst_images import worst_images
 
 # As the command does it: tests share their cores with the processes they start.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

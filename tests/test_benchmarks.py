@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from exporter.onnx_runner import OnnxRunner
+from exporter.running.onnx_runner import OnnxRunner
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -28,12 +28,12 @@ from calibration.table import CalibrationTable, TensorRange
 from exporter.bundle import Bundle
 from exporter.commands.device import _read_evaluation
 from exporter.errors import ExporterError
+from exporter.files.text_file import read_json
 from exporter.inspection import inspect_file
 from exporter.parity_run.baseline import read_baseline
 from exporter.parity_run.config import read_config
-from exporter.qdq_source import import_quantized
-from exporter.replay import load_table
-from exporter.text_file import read_json
+from exporter.quantization.replay import load_table
+from exporter.sources.qdq_source import import_quantized
 from exporter.verify import verify
 from models.checkpoint import CheckpointError, load_checkpoint
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from exporter.onnx_runner import OnnxRunner
+from exporter.running.onnx_runner import OnnxRunner
 from models.repvgg import RepVGG
 from models.variants import VARIANTS, Variant
 

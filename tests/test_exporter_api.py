@@ -8,8 +8,8 @@ import torch
 
 import exporter
 from exporter import Bundle, export, reparameterize
-from exporter.comparison import compare
 from exporter.errors import InputError
+from exporter.parity.comparison import compare
 from models import RepVGG, Variant, find_variant
 from models.registry import bundled_weights
 from models.repvgg import PlainBlock, RepVGGBlock

@@ -20,7 +20,6 @@ import numpy as np
 import onnx
 import pytest
 
-from exporter import bundle_writer, replacing
 from exporter.bundle import (
     CHECKSUMS,
     MANIFEST,
@@ -32,8 +31,10 @@ from exporter.bundle import (
     dumps,
     file_sha256,
 )
-from exporter.bundle_writer import BundleWriter
+from exporter.bundle import writer as bundle_writer
+from exporter.bundle.writer import BundleWriter
 from exporter.errors import InputError
+from exporter.files import replacing
 
 GRAPH = """
 <ir_version: 8, opset_import: ["" : 17]>
@@ -424,9 +425,9 @@ def test_parents_that_others_use_stay(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from exporter import replacing
+from exporter.files import replacing
 from exporter.bundle import PARITY, dumps
-from exporter.bundle_writer import BundleWriter
+from exporter.bundle.writer import BundleWriter
 out, moment = Path(sys.argv[1]), sys.argv[2]
 swap = replacing.exchange
 def exchange(first, second):

@@ -17,8 +17,8 @@ from calibration.threshold import Method, activation_scale
 from exporter.calibrator import PERCENTILE, observe_boundaries, observe_images, table_by
 from exporter.errors import InputError
 from exporter.graph import boundary_tensors
-from exporter.image_set import ArrayImages, FolderImages
 from exporter.quantize import quantize
+from exporter.running.image_set import ArrayImages, FolderImages
 
 PLAIN = """
 <ir_version: 8, opset_import: ["" : 17]>

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 
 from exporter import bundle as files
 from exporter import verify
-from exporter.bundle_writer import BundleWriter
+from exporter.bundle.writer import BundleWriter
 from exporter.cli import main
 from exporter.device import runners
 from exporter.device.accuracy import Evaluation

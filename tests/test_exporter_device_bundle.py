@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from exporter import bundle as files
 from exporter.bundle import Bundle
-from exporter.bundle_writer import BundleWriter
+from exporter.bundle.writer import BundleWriter
 from exporter.device import (
     RunBackend,
     build,
@@ -42,8 +42,8 @@ from exporter.engine import (
     driver,
 )
 from exporter.errors import EnvironmentLackError, GateFailedError, InputError
-from exporter.onnx_runner import OnnxRunner
 from exporter.profiles import BatchProfile
+from exporter.running.onnx_runner import OnnxRunner
 from exporter.verify import verify
 
 NO_DRIVER = "no NVIDIA driver on this machine (libcuda.so.1 does not load)"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from exporter.device_precisions import precision_advice
-from exporter.device_table import ALIASES, ARCHITECTURES, DEVICES, FULL, RTX, UNSUPPORTED, Software
 from exporter.devices import Target, check_dla, find_device, resolve_targets, target_text
+from exporter.devices.precisions import precision_advice
+from exporter.devices.table import ALIASES, ARCHITECTURES, DEVICES, FULL, RTX, UNSUPPORTED, Software
 from exporter.errors import InputError
 
 KNOWN = (

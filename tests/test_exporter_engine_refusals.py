@@ -39,7 +39,7 @@ from exporter.engine.refusal import BadInputError, RefusedError
 from exporter.engine.worker import ProgressPrinter, build
 from exporter.engine.worker_process import run_worker
 from exporter.errors import EnvironmentLackError, ExporterError, GateFailedError, InputError
-from exporter.plan_engine import MissingBackend, decide_engine
+from exporter.plan.engine import MissingBackend, decide_engine
 from exporter.profiles import BatchProfile, SizeProfile
 from exporter.spec import Precision
 

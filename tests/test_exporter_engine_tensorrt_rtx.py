@@ -26,9 +26,9 @@ from exporter.engine import (
 )
 from exporter.engine.build_log import read_layers, read_records
 from exporter.errors import GateFailedError, InputError
+from exporter.graph.prologue import Prologue, with_prologue
 from exporter.pixel_input import Layout
 from exporter.profiles import BatchProfile
-from exporter.prologue import Prologue, with_prologue
 from exporter.spec import Precision
 from models.variants import ConvLayer, find_variant
 

@@ -20,9 +20,9 @@ from exporter.device.kernel_cache import Startup
 from exporter.engine import driver
 from exporter.errors import EnvironmentLackError, GateFailedError, InputError
 from exporter.evaluation import evaluate
+from exporter.graph.prologue import Prologue, with_prologue
 from exporter.pixel_input import Layout
 from exporter.profiles import BatchProfile
-from exporter.prologue import Prologue, with_prologue
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 NO_DRIVER = "no NVIDIA driver on this machine (libcuda.so.1 does not load)"

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from calibration.table import CalibrationTable, TensorRange
 from exporter.bundle import file_sha256
-from exporter.bundle_writer import BundleWriter
+from exporter.bundle.writer import BundleWriter
 from exporter.errors import InputError
 from exporter.inspection import Inspection, Kind, Outlook, inspect_file
 from exporter.inspection.outlook import kernel_outlook

@@ -11,7 +11,7 @@ import torch
 from onnx import numpy_helper
 
 from exporter.onnx_export import INPUT_NAME, OPSET, OUTPUT_NAME, export_onnx
-from exporter.onnx_runner import OnnxRunner
+from exporter.running.onnx_runner import OnnxRunner
 from models.fusion import reparameterize
 from models.repvgg import RepVGG
 from models.variants import VARIANTS, Variant

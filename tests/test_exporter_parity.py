@@ -12,8 +12,6 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from exporter.comparison import MAX_SQNR_DB, Comparison, accuracy, compare
-from exporter.ledger import Ledger
 from exporter.parity import (
     GATES,
     Gate,
@@ -22,6 +20,8 @@ from exporter.parity import (
     judge_outputs,
     not_run,
 )
+from exporter.parity.comparison import MAX_SQNR_DB, Comparison, accuracy, compare
+from exporter.parity.ledger import Ledger
 
 LOGITS = hnp.arrays(
     np.float32,

@@ -10,10 +10,8 @@ import onnx
 import pytest
 from onnx import TensorProto, numpy_helper
 
-from exporter.comparison import compare
-from exporter.emulation import emulated
 from exporter.errors import GateFailedError
-from exporter.onnx_runner import OnnxRunner
+from exporter.parity.comparison import compare
 from exporter.precision import (
     BFLOAT16,
     HALF,
@@ -22,6 +20,8 @@ from exporter.precision import (
     require_half_range,
     to_type,
 )
+from exporter.running.emulation import emulated
+from exporter.running.onnx_runner import OnnxRunner
 
 PLAIN = """
 <ir_version: 8, opset_import: ["" : 17]>

@@ -18,13 +18,13 @@ from calibration.images import Preprocess
 from calibration.table import CalibrationTable, TensorRange
 from calibration.threshold import weight_scales
 from exporter.calibrator import observe_images, table_by
-from exporter.comparison import compare
 from exporter.errors import InputError
 from exporter.graph import attributes, boundary_tensors
-from exporter.image_set import ArrayImages, FolderImages, outputs_of
 from exporter.onnx_export import export_onnx
-from exporter.onnx_runner import OnnxRunner
+from exporter.parity.comparison import compare
 from exporter.quantize import quantize
+from exporter.running.image_set import ArrayImages, FolderImages, outputs_of
+from exporter.running.onnx_runner import OnnxRunner
 from models.checkpoint import load_checkpoint
 from models.fusion import reparameterize
 from models.registry import bundled_weights

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exporter.errors import InputError
-from exporter.ledger import Ledger
 from exporter.parity import GATES, StageResult
+from exporter.parity.ledger import Ledger
 from exporter.report import ReportContent
 from exporter.request import ExportRequest, validate
 from exporter.spec import ExportSpec, Precision, Recipe
@@ -307,7 +307,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(store: StageStore) -> 
 def test_a_ledger_comes_back_as_it_was(report_content: ReportContent, tmp_path: Path) -> None:
     """With everything that it can hold, infinite decibels included."""
     row = StageResult(stage="onnx", status="pass", gate=GATES["onnx"], outputs={})
-    from exporter.comparison import Comparison
+    from exporter.parity.comparison import Comparison
 
     same = Comparison(max_abs=0, relative=0, sqnr_db=float("inf"), cosine=1, top1_agreement=None)
     ledger = Ledger(stages=(replace(row, comparison=same),), images="test", image_count=3)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from exporter.conversion import convert
 from exporter.engine import network_parser
 from exporter.engine.capabilities import Api
-from exporter.onnx_runner import OnnxRunner
+from exporter.running.onnx_runner import OnnxRunner
 from models.checkpoint import read_state
 from models.file_names import is_text
 from models.registry import bundled_weights

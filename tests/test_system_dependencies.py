@@ -15,7 +15,7 @@ import pytest
 import tomllib
 from packaging.requirements import Requirement
 
-from exporter.sbom import PROJECT, Installed, installed, needs
+from exporter.bundle.sbom import PROJECT, Installed, installed, needs
 
 ROOT = Path(__file__).parent.parent
 AUDIT = ROOT / ".ci" / "audit.py"

@@ -12,7 +12,7 @@ from onnx import TensorProto
 
 from exporter.bundle import Bundle
 from exporter.cli import main
-from exporter.onnx_runner import OnnxRunner
+from exporter.running.onnx_runner import OnnxRunner
 
 FAST = (
     "--weights", "random", "--image-size", "32", "--calib-images", "16", "--evaluation-images", "8",

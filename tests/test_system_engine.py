@@ -16,8 +16,8 @@ from onnx import numpy_helper
 from calibration.cache_text import parse_cache_text
 from calibration.table import CalibrationTable
 from exporter.bundle import Bundle, file_sha256
-from exporter.comparison import compare
 from exporter.errors import InputError
+from exporter.parity.comparison import compare
 from exporter.pipeline import run
 from exporter.request import ExportRequest, validate
 

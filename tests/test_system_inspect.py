@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from exporter.bundle_writer import BundleWriter
+from exporter.bundle.writer import BundleWriter
 from models.registry import bundled_weights
 
 A0 = str(bundled_weights("A0").checkpoint)

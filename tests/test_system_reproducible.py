@@ -21,15 +21,15 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from calibration import parallel
-from exporter import image_set
-from exporter.image_set import ArrayImages
-from exporter.ledger import Rung
 from exporter.onnx_export import export_onnx
-from exporter.onnx_runner import OnnxRunner
-from exporter.plain_chain import read_chain
+from exporter.parity.ledger import Rung
 from exporter.provenance import recorded_seconds
-from exporter.quantizers import QuantizerOptions, open_quantizer
+from exporter.quantization.plain_chain import read_chain
+from exporter.quantization.quantizers import QuantizerOptions, open_quantizer
 from exporter.report import ReportContent, html
+from exporter.running import image_set
+from exporter.running.image_set import ArrayImages
+from exporter.running.onnx_runner import OnnxRunner
 from models import RepVGG, Variant
 from models.fusion import reparameterize
 

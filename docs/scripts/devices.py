@@ -1,4 +1,4 @@
-"""The tables of docs/targets.md, from exporter/device_table.py.
+"""The tables of docs/targets.md, from exporter/devices/table.py.
 
     python docs/scripts/devices.py
 

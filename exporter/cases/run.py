@@ -10,7 +10,7 @@ from exporter.cases.case_result import CaseResult, Status
 from exporter.clock import Progress
 from exporter.errors import ExporterError, GateFailedError
 from exporter.request import ExportRequest, validate
-from exporter.spread import Spread
+from exporter.running.spread import Spread
 from exporter.stage_cache import StageStore
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from exporter.cases.complaints import Complaints
 from exporter.errors import InputError
-from exporter.text_file import read_text
+from exporter.files.text_file import read_text
 
 if sys.version_info >= (3, 11):
     import tomllib

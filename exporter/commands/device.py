@@ -12,9 +12,9 @@ from exporter.commands import AddCommand
 from exporter.commands.signing import signature_state
 from exporter.console import print_json, print_ledger, print_note, print_table, print_warning
 from exporter.errors import EXIT_DONE, GateFailedError, InputError
+from exporter.files.text_file import read_json
 from exporter.spec import choice
 from exporter.terminal import progress_bars
-from exporter.text_file import read_json
 
 if TYPE_CHECKING:
     from exporter.device import RunBackend
@@ -115,9 +115,9 @@ def _run_verify(options: argparse.Namespace) -> int:
 
 def _run_build(options: argparse.Namespace) -> int:
     from exporter.bundle import ENGINE_SUMMARY, Bundle
+    from exporter.bundle.signature import is_signed
     from exporter.commands.device_tables import engine_table
     from exporter.device import build_engine, options_for
-    from exporter.signature import is_signed
 
     bundle = Bundle.load(options.bundle)
     was_signed = is_signed(bundle.path)

@@ -73,7 +73,7 @@ def _request(options: argparse.Namespace) -> ExportRequest:
 def run_plan(options: argparse.Namespace) -> int:
     """Say what an export would do, or what a bundle still needs."""
     from exporter.bundle import MANIFEST, Bundle
-    from exporter.plan import make_plan, plan_bundle
+    from exporter.plan.planning import make_plan, plan_bundle
 
     request = _request(options)
     if (Path(request.model) / MANIFEST).is_file():

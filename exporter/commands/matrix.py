@@ -46,9 +46,9 @@ def add_command(command: AddCommand) -> None:
 def _run(options: argparse.Namespace) -> int:
     prepare_export()
     from exporter.cases import exit_code_of
+    from exporter.files.whole_file import write_whole
     from exporter.matrix import INDEX, MatrixState, index_page, read_matrix, run_cells
     from exporter.matrix.page import rows_of
-    from exporter.whole_file import write_whole
 
     for name in ("jobs", "threads", "shards"):
         if (value := getattr(options, name)) is not None and value < 1:

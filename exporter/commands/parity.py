@@ -14,7 +14,7 @@ from exporter.commands import AddCommand
 from exporter.commands.export import prepare_export
 from exporter.console import print_json, print_note, print_table
 from exporter.errors import GateFailedError, InputError
-from exporter.private_folder import scratch_folder
+from exporter.files.private_folder import scratch_folder
 from exporter.terminal import progress_bars, streams
 from exporter.terminal import sentence as one_line
 
@@ -116,8 +116,8 @@ def _write(
     comparison: Comparison,
     content: Mapping[str, Any],
 ) -> None:
+    from exporter.files.whole_file import write_whole
     from exporter.parity_run import junit_xml
-    from exporter.whole_file import write_whole
 
     write_whole(folder / JUNIT, junit_xml(results, comparison))
     write_whole(folder / RESULTS, json.dumps(content, indent=2) + "\n")

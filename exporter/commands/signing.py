@@ -13,7 +13,7 @@ from exporter.errors import EXIT_DONE
 from exporter.terminal import ask_secret
 
 if TYPE_CHECKING:
-    from exporter.bundle_writer import Signer
+    from exporter.bundle.writer import Signer
 
 UNCHECKED = "signed, not checked (pass --public-key)"
 
@@ -31,7 +31,7 @@ def signer(key: Path | None) -> Signer | None:
     """What signs with ``key``, once a person or the environment has unlocked it."""
     if key is None:
         return None
-    from exporter.signature import open_signer
+    from exporter.bundle.signature import open_signer
 
     return open_signer(key, ask_secret)
 
@@ -69,9 +69,9 @@ def signature_state(folder: Path, public_key: str | None) -> SignatureState:
     """Of the bundle in ``folder``; with a ``public_key`` only if there is a signature by it.
 
     Raises:
-        As :func:`exporter.signature.check_signature`.
+        As :func:`exporter.bundle.signature.check_signature`.
     """
-    from exporter.signature import check_signature, is_signed
+    from exporter.bundle.signature import check_signature, is_signed
 
     if public_key is not None:
         comment = check_signature(folder, public_key)

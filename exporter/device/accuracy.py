@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from exporter.errors import InputError
-from exporter.onnx_runner import FloatArray
+from exporter.running.onnx_runner import FloatArray
 
 Labels = npt.NDArray[np.int64]
 TOP = 5

@@ -7,7 +7,7 @@ from typing import Any
 
 from exporter import bundle as files
 from exporter.bundle import Bundle
-from exporter.bundle_writer import BundleWriter
+from exporter.bundle.writer import BundleWriter
 from exporter.device.graph_census import read_census
 from exporter.device.republication import carry_over, require_own_files
 from exporter.device.runners import batch_profile, require_intact

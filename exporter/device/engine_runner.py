@@ -22,8 +22,8 @@ from exporter.device.kernel_cache import Startup
 from exporter.device.memory import Array, DeviceMemory
 from exporter.engine.tensorrt_names import IExecutionContext
 from exporter.errors import EnvironmentLackError, GateFailedError, InputError
-from exporter.onnx_runner import Batch, Outputs
 from exporter.profiles import BatchProfile
+from exporter.running.onnx_runner import Batch, Outputs
 
 
 @dataclass(slots=True)

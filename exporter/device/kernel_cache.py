@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
-from exporter.user_cache import user_cache
+from exporter.files.user_cache import user_cache
 
 
 class CacheState(str, Enum):

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from exporter.bundle import UNLISTED, Bundle
-from exporter.bundle_writer import BundleWriter, Signer
+from exporter.bundle.writer import BundleWriter, Signer
 from exporter.device.runners import require_intact
 from exporter.errors import InputError
 

@@ -18,12 +18,12 @@ from exporter.device.memory import open_memory
 from exporter.device.timing import Step
 from exporter.engine.runtime_modules import runtime_module
 from exporter.errors import EnvironmentLackError, GateFailedError, InputError
-from exporter.onnx_runner import Batch, Outputs, Runner
+from exporter.files.text_file import read_json
 from exporter.profiles import BatchProfile
 from exporter.provenance import version
-from exporter.runnable import require_timeable, runnable
+from exporter.running.onnx_runner import Batch, Outputs, Runner
+from exporter.running.runnable import require_timeable, runnable
 from exporter.spec import choice
-from exporter.text_file import read_json
 
 
 class RunBackend(str, Enum):

@@ -14,7 +14,7 @@ from calibration.cache_text import CalibrationTableError, cache_text, parse_cach
 from exporter.engine.capabilities import Api, Capability, needs
 from exporter.engine.refusal import BadInputError
 from exporter.engine.tensorrt_names import IBuilderConfig
-from exporter.text_file import read_text
+from exporter.files.text_file import read_text
 
 
 def cache_for(path: Path, version: str) -> bytes:

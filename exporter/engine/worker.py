@@ -32,7 +32,7 @@ from exporter.engine.protocol import Result, Status
 from exporter.engine.refusal import BadInputError, RefusedError
 from exporter.engine.summary import EngineTyping
 from exporter.engine.tensorrt_names import IHostMemory, ILogger
-from exporter.private_folder import FULL
+from exporter.files.private_folder import FULL
 
 _PARSED = 0.05
 _BUILT = 0.97

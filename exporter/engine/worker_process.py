@@ -22,7 +22,7 @@ from exporter.engine.backend import BuildRequest, ProgressCallback
 from exporter.engine.protocol import Result, Status
 from exporter.engine.summary import EngineTyping
 from exporter.errors import EnvironmentLackError, GateFailedError, InputError
-from exporter.private_folder import require_space, scratch_folder
+from exporter.files.private_folder import require_space, scratch_folder
 
 WORKER: tuple[str, ...] = (sys.executable, "-m", "exporter.engine.worker")
 """To be followed by the name of the library to build with."""

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from exporter.bundle import ENGINE_SUMMARY, MANIFEST, Bundle, file_sha256
+from exporter.files.text_file import read_json
 from exporter.inspection.finding import OWN_FORMAT, Inspection, Kind
-from exporter.plan_engine import DEFERRED
-from exporter.text_file import read_json
+from exporter.plan.engine import DEFERRED
 
 
 def inspect_bundle(path: Path) -> Inspection:

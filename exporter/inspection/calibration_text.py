@@ -9,8 +9,8 @@ from calibration.cache_text import CalibrationTableError, parse_cache_text
 from calibration.table import CalibrationTable
 from exporter.bundle import file_sha256
 from exporter.errors import InputError
+from exporter.files.text_file import read_text
 from exporter.inspection.finding import OWN_FORMAT, Inspection, Kind
-from exporter.text_file import read_text
 
 
 def inspect_table(path: Path) -> Inspection:

@@ -16,8 +16,8 @@ from exporter.bundle import file_sha256
 from exporter.contract import judge
 from exporter.errors import InputError
 from exporter.graph import attributes
+from exporter.graph.prologue import read_prologue, without_prologue
 from exporter.inspection.finding import OWN_FORMAT, Inspection, Kind
-from exporter.prologue import read_prologue, without_prologue
 from models.variants import VARIANTS, Variant
 
 _FLOATS = {

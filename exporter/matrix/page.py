@@ -9,7 +9,7 @@ from typing import Any
 from exporter.cases import CaseResult
 from exporter.matrix.config import Cell
 from exporter.matrix.state import MatrixState
-from exporter.plan_engine import DEFERRED
+from exporter.plan.engine import DEFERRED
 from exporter.report import curve, environment, numbers
 
 

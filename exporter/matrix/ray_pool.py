@@ -19,19 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from exporter.bundle import Bundle
-from exporter.bundle_writer import BundleWriter
+from exporter.bundle.writer import BundleWriter
 from exporter.cases import CaseResult, Status
 from exporter.errors import EnvironmentLackError, ExporterError
-from exporter.failure import failure_paths
+from exporter.files.private_folder import scratch_folder
 from exporter.matrix.config import Cell
 from exporter.matrix.ray_spread import RETRIES, RaySpread
 from exporter.matrix.subprocess_pool import thread_environment
 from exporter.matrix.worker import job, result_of, run_job
-from exporter.private_folder import scratch_folder
-from exporter.spread import Spread
+from exporter.running.spread import Spread
 from exporter.stage_cache import StageStore, open_cache
 from exporter.stage_cache.store import packed, unpack_into
 from exporter.stage_cache.values import to_json
+from exporter.stages.failure import failure_paths
 
 _CONNECT_S = 10
 _BUNDLE = "bundle"

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from exporter.errors import EnvironmentLackError
-from exporter.spread import Item, Result, run_pickled
+from exporter.running.spread import Item, Result, run_pickled
 
 RETRIES = 3
 
@@ -28,7 +28,7 @@ class RaySpread:
     def start(
         self, work: Callable[[Item], Result], items: Sequence[Item]
     ) -> list[Callable[[], Result]]:
-        """As :class:`exporter.spread.Spread`."""
+        """As :class:`exporter.running.spread.Spread`."""
         import ray
 
         task = ray.remote(num_cpus=self.threads, max_retries=RETRIES)(run_pickled)

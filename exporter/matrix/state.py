@@ -11,6 +11,8 @@ from typing import Any
 from exporter.bundle import Bundle, dumps
 from exporter.cases import CaseResult, Status
 from exporter.errors import EnvironmentLackError, InputError
+from exporter.files.text_file import read_json
+from exporter.files.whole_file import write_whole
 from exporter.matrix.config import Cell
 from exporter.provenance import versions
 from exporter.request import validate
@@ -19,8 +21,6 @@ from exporter.stage_cache import draft_inputs
 from exporter.stage_cache.keys import DRAFT, FLOAT, float_part
 from exporter.stage_cache.store import key_of
 from exporter.stage_cache.values import from_json, to_json
-from exporter.text_file import read_json
-from exporter.whole_file import write_whole
 
 STATE = "matrix.json"
 INDEX = "index.html"

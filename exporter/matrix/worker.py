@@ -15,7 +15,7 @@ from typing import Any
 from exporter.cases import CaseResult, run_case
 from exporter.clock import silent
 from exporter.request import ExportRequest
-from exporter.spread import LocalSpread, Spread
+from exporter.running.spread import LocalSpread, Spread
 from exporter.stage_cache import StageStore, open_cache
 from exporter.stage_cache.values import from_json, to_json
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from exporter.cases.case_result import CaseResult, Figures
 from exporter.errors import InputError
+from exporter.files.text_file import read_json
+from exporter.files.whole_file import write_whole
 from exporter.parity_run.margins import KINDS, ROUNDING_DB, Margins
-from exporter.text_file import read_json
-from exporter.whole_file import write_whole
 
 SCHEMA_VERSION = 1
 _LESS_IS_BETTER = ("other_kernels", "plan_bytes", "model_bytes")

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from exporter.engine import same_figures
-from exporter.plan_engine import DEFERRED
+from exporter.plan.engine import DEFERRED
 from exporter.report import numbers
 from exporter.report.command import command_line
 from exporter.report.content import ReportContent

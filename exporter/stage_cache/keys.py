@@ -23,8 +23,8 @@ from calibration.images import ImageDataError, ImageFolder
 from exporter.bundle import file_sha256
 from exporter.engine import Backend, BuildRequest
 from exporter.errors import EnvironmentLackError, InputError
-from exporter.image_choice import calibration_root, evaluation_root
 from exporter.provenance import versions
+from exporter.sources.image_choice import calibration_root, evaluation_root
 from exporter.spec import HUB, RANDOM, ExportSpec
 from models.registry import PublicWeightsError, bundled_weights, fetch_public
 

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 from exporter.errors import InputError
+from exporter.files.user_cache import user_cache
 from exporter.stage_cache.store import StageStore
-from exporter.user_cache import user_cache
 
 CACHE_VARIABLE = "REPVGG_EXPORT_CACHE"
 LIMIT_VARIABLE = "REPVGG_EXPORT_CACHE_LIMIT"

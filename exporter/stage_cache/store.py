@@ -29,7 +29,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from exporter.private_folder import scratch_folder
+from exporter.files.private_folder import scratch_folder
 
 FORMAT = "v1"
 _ENTRY = "entry.json"

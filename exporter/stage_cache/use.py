@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from exporter.errors import EnvironmentLackError, InputError
-from exporter.private_folder import scratch_folder
+from exporter.files.private_folder import scratch_folder
 from exporter.stage_cache.store import EntryInfo, StageStore, key_of
 
 T = TypeVar("T")

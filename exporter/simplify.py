@@ -136,7 +136,7 @@ def simplify(
     *,
     timeout_s: float = 300.0,
 ) -> onnx.ModelProto:
-    """Return the simplified graph.
+    """Return the simplified graph: ``model`` itself where there is nothing to simplify.
 
     ``samples`` are small real batches, one for each image size that matters.
 
@@ -148,6 +148,8 @@ def simplify(
     _restore_parameters(model, simplified)
     onnx.helper.set_model_props(simplified, {p.key: p.value for p in model.metadata_props})
     del simplified.graph.value_info[:]
+    if (model.opset_import, model.graph) == (simplified.opset_import, simplified.graph):
+        return model
     _check_same_interface(model, simplified)
     _check_same_function(model, simplified, samples)
     return simplified
@@ -159,8 +161,8 @@ def _paths(folder: Path) -> tuple[Path, Path]:
 
 
 def _restore_parameters(model: onnx.ModelProto, simplified: onnx.ModelProto) -> None:
-    """Give every node of ``simplified`` its own parameters again, under their old names."""
-    known = {tensor.name for tensor in model.graph.initializer}
+    """Give every node of ``simplified`` its own parameters again: old names, in the old order."""
+    places = {tensor.name: place for place, tensor in enumerate(model.graph.initializer)}
     parameters = {tensor.name: tensor for tensor in simplified.graph.initializer}
     names = {node.name: list(node.input) for node in model.graph.node if node.name}
     own: dict[str, onnx.TensorProto] = {}
@@ -169,12 +171,13 @@ def _restore_parameters(model: onnx.ModelProto, simplified: onnx.ModelProto) -> 
         for index, name in enumerate(node.input):
             if name not in parameters:
                 continue
-            restored = before[index] if index < len(before) and before[index] in known else name
+            restored = before[index] if index < len(before) and before[index] in places else name
             own[restored] = onnx.TensorProto()
             own[restored].CopyFrom(parameters[name])
             own[restored].name = node.input[index] = restored
     del simplified.graph.initializer[:]
-    simplified.graph.initializer.extend(own.values())
+    order = sorted(own, key=lambda name: places.get(name, len(places)))
+    simplified.graph.initializer.extend(own[name] for name in order)
 
 
 def _check_same_interface(model: onnx.ModelProto, simplified: onnx.ModelProto) -> None:

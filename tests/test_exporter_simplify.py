@@ -102,6 +102,14 @@ def test_onnxsim_keeps_the_function_names_and_metadata() -> None:
     assert model == graph()
 
 
+def test_a_graph_with_nothing_to_simplify_comes_back_itself() -> None:
+    """Node for node and weight for weight; a second look at it would prove nothing."""
+    plain = simplified(graph())
+    assert plain is simplified(plain)
+    newer = "model.opset_import[0].version += 1"
+    assert plain is not simplified(plain, command=program(EDIT.format(edit=newer)))
+
+
 def test_merged_parameters_are_given_back_to_each_node() -> None:
     """A simplifier that stores equal tensors once does not make two layers share one."""
     edit = 'model.graph.node[2].input[2] = "b0"'

@@ -93,6 +93,26 @@ def test_a_wrong_image_beyond_the_first_ones_fails_the_graph_that_is_built(
         judge.check("fp16", wrong_at_the_end)
 
 
+def test_a_stage_that_changes_nothing_has_the_row_of_the_one_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Figures, images and the worst of them; but what is built is judged on all images anyhow."""
+    judge, source = made()
+    assert source.interface is not None
+    judge.check("onnx", torch_runner(source.module, source.interface))
+    assert judge.carry_over("onnx", "simplified")
+    first, second = judge.ledger.to_json()["stages"]
+    assert {**first, "stage": "simplified"} == second
+    assert judge.ledger.worst_images is not None
+    assert "simplified" == judge.ledger.worst_images.stage
+
+    monkeypatch.setattr(judge_module, "PIXELS_ON_THE_WAY", 16 * 8 * 8)
+    judge, source = made(precision=Precision.FP32)
+    judge.check("onnx", torch_runner(source.module, source.interface))
+    assert not judge.carry_over("onnx", "simplified")
+    assert ["onnx"] == [row.stage for row in judge.ledger.stages]
+
+
 def test_large_outputs_are_compared_on_fewer_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is kept stays within the limit, at least one batch; a note says so."""
     monkeypatch.setattr(judge_module, "MAX_OUTPUT_BYTES", 32 * 3 * 64 * 4)

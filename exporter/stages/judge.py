@@ -304,6 +304,20 @@ class Judge:
         advice = "tracing freezes what Python computes from shapes or values" if frozen else ""
         self.add(self.score(stage, run, gate), advice, graphs)
 
+    def carry_over(self, before: str, stage: str) -> bool:
+        """Add the row of the stage ``before``, which passed, as that of ``stage``: the same graph.
+
+        False, and nothing added, if ``stage`` is to be judged on other images.
+        """
+        if self._few_batches(before) != self._few_batches(stage):
+            return False
+        row = next(row for row in self.ledger.stages if row.stage == before)
+        worst = self.ledger.worst_images
+        if worst is not None and worst.stage == before:
+            worst = replace(worst, stage=stage)
+        self.ledger = replace(self.ledger.with_stage(replace(row, stage=stage)), worst_images=worst)
+        return True
+
     def recheck(self, stage: str, run: Runner, gate: Gate | None = None) -> None:
         """Judge a stage again whose graph was replaced; the row is replaced too."""
         before = self.ledger

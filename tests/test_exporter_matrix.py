@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from exporter.matrix import Cell, MatrixState, index_page, read_matrix, run_cell
 from exporter.matrix.page import front, measure_of, rows_of
 from exporter.matrix.schedule import followed
 from exporter.matrix.state import STATE
+from exporter.matrix.subprocess_pool import WORKER, SubprocessPool
 from exporter.request import ExportRequest
 from exporter.stage_cache import keys
 from models.registry import PublicWeightsError
@@ -176,6 +178,53 @@ def test_every_shared_stage_is_made_by_one_cell_before_others_want_it(
     assert dict(pool.order) == dict(followed(keys))
 
 
+def test_nobody_waits_for_a_cell_that_is_kept() -> None:
+    """Of those that are run, the first makes what they share."""
+    pool, ended = InstantPool(1), []
+    keys = {"kept": ("f", "d"), "a": ("f", "d"), "b": ("f", "e")}
+    run_cells([cell("a"), cell("b")], keys, pool, lambda done, _: ended.append(done.name))
+    assert [("a", ()), ("b", ("a",))] == pool.order
+
+
+def ended_in_a_process(wanted: Cell, command: tuple[str, ...] = WORKER) -> CaseResult:
+    with SubprocessPool(width=1, threads=1, cached=False, command=command) as pool:
+        pool.start(wanted, ())
+        found, result = pool.wait()
+    assert found is wanted
+    return result
+
+
+def test_a_cell_finds_this_package_where_another_models_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process stays in the user's folder, whose paths the request has."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "__init__.py").touch()
+    monkeypatch.chdir(tmp_path)
+    result = ended_in_a_process(cell("a", weights="absent.pth"))
+    assert (2, "checkpoint absent.pth does not exist or is no file") == (
+        result.exit_code, result.message,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", "was ended by SIGKILL: it said nothing"),
+        ("import os; os.kill(os.getpid(), 40)", "was ended by signal 40"),
+        ("raise SystemExit('out of luck')", "ended with exit code 1: out of luck"),
+        ("print('no result')", "its process is of no use: Expecting value"),
+        (None, "its process is of no use: "),
+    ],
+)
+def test_a_cell_ends_however_its_process_does(program: str | None, words: str) -> None:
+    """Nobody waits for ever; the cell is an error of the environment."""
+    command = (sys.executable, "-c", program) if program else ("/nonexistent/python",)
+    result = ended_in_a_process(cell("a"), command)
+    assert (Status.ERROR, 3) == (result.status, result.exit_code)
+    assert words in str(result.message)
+
+
 def test_a_cell_waits_for_the_first_with_its_float_graph_and_the_first_with_its_draft() -> None:
     keys = {"a": ("f", "d1"), "b": ("f", "d2"), "c": ("f", "d2"), "d": ("g", "d3"), "e": ()}
     assert {"a": (), "b": ("a",), "c": ("a", "b"), "d": (), "e": ()} == followed(keys)
@@ -195,8 +244,9 @@ def published(folder: Path, name: str) -> Cell:
 
 
 def test_a_rerun_keeps_what_passed_and_is_whole(tmp_path: Path) -> None:
-    """Not what failed, what changed, what is damaged, or what the file did not have."""
-    cells = [published(tmp_path, name) for name in ("whole", "damaged", "changed", "failed")]
+    """Not what failed, changed, is damaged, lies in another's place, or is new in the file."""
+    names = ("whole", "damaged", "changed", "failed", "other")
+    cells = [published(tmp_path, name) for name in names]
     state = MatrixState.resume(tmp_path, cells)
     assert tuple(cells) == state.missing
     for each in cells:
@@ -204,10 +254,12 @@ def test_a_rerun_keeps_what_passed_and_is_whole(tmp_path: Path) -> None:
     failed = replace(result("failed"), status=Status.FAIL, exit_code=1, message="12.0 dB")
     state.record(cells[3], failed)
     (tmp_path / "damaged" / "parity.json").write_text("{}")
+    other = tmp_path / "other" / MANIFEST
+    other.write_text(other.read_text().replace('"fp32"', '"int8"'))
     cells[2] = replace(cells[2], request=replace(cells[2].request, batch="4"))
     again = MatrixState.resume(tmp_path, [*cells, cell("new")])
     assert {"whole"} == again.kept
-    assert ["damaged", "changed", "failed", "new"] == [cell.name for cell in again.missing]
+    assert ["damaged", "changed", "failed", "other", "new"] == [cell.name for cell in again.missing]
     assert state.results["whole"] == again.results["whole"]
 
 

@@ -114,6 +114,38 @@ def test_the_cache_stays_within_its_limit(sizes: list[int]) -> None:
             assert key_of("draft", {"n": str(index)}) in {entry.key for entry in entries}
 
 
+def test_damaged_entries_make_room_first(store: StageStore) -> None:
+    """Nobody asks for them again once the code has changed, and each counts on the disk."""
+    for name in "abc":
+        put(store, name, {"a": bytes(3_000)})
+        (store.root / "v1" / "draft" / name / "entry.json").write_text("{")
+    put(store, "d", {"a": bytes(3_000)})
+    assert ["d"] == [path.name for path in (store.root / "v1" / "draft").iterdir()]
+
+
+@given(files=FILES, data=st.data())
+@settings(deadline=None)
+def test_an_archive_brings_an_entry_to_another_cache_or_nothing(
+    files: dict[str, bytes], data: st.DataObject
+) -> None:
+    """Whole as it was; with one byte of it changed or its end cut off, whole or not at all."""
+    with tempfile.TemporaryDirectory() as root:
+        first, second, third = (
+            StageStore(root=Path(root) / name, limit=100_000) for name in ("a", "b", "c")
+        )
+        assert first.pack("draft", KEY) is None
+        put(first, KEY, files, recipe="mse")
+        archive = first.pack("draft", KEY)
+        assert archive is not None
+        second.unpack(archive)
+        assert files == fetched(second, KEY)
+        assert {"recipe": "mse"} == second.entries()[0].inputs
+        place = data.draw(st.integers(0, len(archive) - 1))
+        changed = archive[:place] + bytes([archive[place] ^ 255]) + archive[place + 1 :]
+        third.unpack(data.draw(st.sampled_from([changed, archive[:place]])))
+        assert fetched(third, KEY) in (None, files)
+
+
 def test_what_was_used_longest_ago_makes_room(store: StageStore) -> None:
     for index, name in enumerate("abc"):
         put(store, name, {"a": bytes(3_000)})

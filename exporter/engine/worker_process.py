@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import queue
-import signal
 import subprocess
 import sys
-import sysconfig
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from exporter.child_process import environment, signal_name
 from exporter.engine import protocol
 from exporter.engine.backend import BuildRequest, ProgressCallback
 from exporter.engine.protocol import Result, Status
@@ -98,7 +96,7 @@ def _started(command: Sequence[str], folder: Path) -> Iterator[_Worker]:
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 cwd=folder,
-                env=_environment(),
+                env=environment(),
                 encoding="utf-8",
                 errors="replace",
             )
@@ -114,22 +112,6 @@ def _started(command: Sequence[str], folder: Path) -> Iterator[_Worker]:
             process.kill()
             process.wait(_KILL_WAIT_S)
             reader.join(_KILL_WAIT_S)
-
-
-def _environment() -> dict[str, str]:
-    """This process's environment, with the import path made independent of the working directory.
-
-    ``python -m`` puts the working directory first on the import path. The worker therefore runs in
-    its private folder, where no stray ``models/`` lies; relative entries of PYTHONPATH are made
-    absolute, and the folder that holds this package is added unless Python finds it anyway.
-    """
-    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    entries = [str(Path(entry).absolute()) for entry in given if entry]
-    home = Path(__file__).resolve().parents[2]
-    installed = (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
-    if home not in {Path(path).resolve() for path in installed}:
-        entries.insert(0, str(home))
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(entries))}
 
 
 def _follow(worker: _Worker, progress: ProgressCallback, timeout_s: float) -> str:
@@ -199,10 +181,7 @@ def _accept(result: Result, folder: Path) -> WorkerOutput:
 
 def _crash_sentence(code: int, phase: str, folder: Path) -> str:
     if code < 0:
-        try:
-            name = signal.Signals(-code).name
-        except ValueError:
-            name = f"signal {-code}"
+        name = signal_name(code)
         cause = f"was killed by {name}"
         if name == "SIGKILL":
             cause += ", as happens when memory runs out"

@@ -21,11 +21,11 @@ from typing import Any
 from exporter.bundle import Bundle
 from exporter.bundle.writer import BundleWriter
 from exporter.cases import CaseResult, Status
+from exporter.child_process import thread_environment
 from exporter.errors import EnvironmentLackError, ExporterError
 from exporter.files.private_folder import scratch_folder
 from exporter.matrix.config import Cell
 from exporter.matrix.ray_spread import RETRIES, RaySpread
-from exporter.matrix.subprocess_pool import thread_environment
 from exporter.matrix.worker import job, result_of, run_job
 from exporter.running.spread import Spread
 from exporter.stage_cache import StageStore, open_cache
@@ -145,7 +145,7 @@ def _connect(address: str, threads: int) -> Any:
             "Ray is not installed; pip install 'repvgg-exporter[cluster]'"
         ) from error
     _require_listener(address)
-    variables = thread_environment(str(threads))
+    variables = thread_environment(threads)
     try:
         ray.init(
             address=address,

@@ -50,8 +50,11 @@ def run_cells(
     pool: Pool,
     ended: Callable[[Cell, CaseResult], None],
 ) -> None:
-    """Run all ``cells``; ``ended`` hears of each as it ends, in whatever order."""
-    waits = followed(keys)
+    """Run all ``cells``; ``ended`` hears of each as it ends, in whatever order.
+
+    ``keys`` may be those of more cells: nobody waits for one that is not run.
+    """
+    waits = followed({cell.name: keys[cell.name] for cell in cells})
     waiting = list(cells)
     done: set[str] = set()
     running = 0

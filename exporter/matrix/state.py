@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from exporter.bundle import Bundle, dumps
+from exporter.bundle import MANIFEST, Bundle, dumps, file_sha256
 from exporter.cases import CaseResult, Status
 from exporter.errors import EnvironmentLackError, InputError
 from exporter.files.text_file import read_json
@@ -58,6 +58,7 @@ class MatrixState:
     cells: Sequence[Cell]
     keys: dict[str, Keys] = field(default_factory=dict)
     results: dict[str, CaseResult] = field(default_factory=dict)
+    manifests: dict[str, str] = field(default_factory=dict)
     kept: set[str] = field(default_factory=set)
 
     @classmethod
@@ -68,10 +69,11 @@ class MatrixState:
         for cell in cells:
             known = before.get(cell.name)
             own = state.keys[cell.name].own
-            if known is None or not own or known[0] != own:
+            if known is None or not own or known.key != own:
                 continue
-            if known[1].status is Status.PASS and _is_whole(Path(str(cell.request.out))):
-                state.results[cell.name] = known[1]
+            if known.result.status is Status.PASS and _is_whole(_out(cell), known.manifest):
+                state.results[cell.name] = known.result
+                state.manifests[cell.name] = known.manifest
                 state.kept.add(cell.name)
         return state
 
@@ -87,6 +89,9 @@ class MatrixState:
             InputError: if the folder cannot be written.
         """
         self.results[cell.name] = result
+        manifest = _out(cell) / MANIFEST
+        passed = result.status is Status.PASS and manifest.is_file()
+        self.manifests[cell.name] = file_sha256(manifest) if passed else ""
         write_whole(self.folder / STATE, dumps(self.to_json()))
 
     def to_json(self) -> dict[str, Any]:
@@ -97,6 +102,7 @@ class MatrixState:
                 {
                     "axes": dict(cell.axes),
                     "key": self.keys[cell.name].own,
+                    "manifest_sha256": self.manifests[cell.name],
                     **to_json(self.results[cell.name]),
                 }
                 for cell in self.cells
@@ -109,16 +115,25 @@ def _text(spec: ExportSpec) -> str:
     return json.dumps(spec.to_json(), sort_keys=True)
 
 
-def _read(path: Path) -> dict[str, tuple[str, CaseResult]]:
-    """Keys and results of an earlier run, by name; nothing where there is no file, or a bad one."""
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """Of an earlier run: a cell's key, the hash of its bundle's manifest, and its result."""
+
+    key: str
+    manifest: str
+    result: CaseResult
+
+
+def _read(path: Path) -> dict[str, _Known]:
+    """What an earlier run made, by name of the cell; nothing where there is no file."""
     try:
         cells = read_json(path)["cells"]
         found = {}
         for cell in cells:
-            key = cell.pop("key")
+            key, manifest = cell.pop("key"), cell.pop("manifest_sha256")
             del cell["axes"]
             result = from_json(cell, CaseResult)
-            found[result.name] = (key, result)
+            found[result.name] = _Known(key, manifest, result)
         return found
     except FileNotFoundError:
         return {}
@@ -128,8 +143,14 @@ def _read(path: Path) -> dict[str, tuple[str, CaseResult]]:
         ) from error
 
 
-def _is_whole(out: Path) -> bool:
+def _out(cell: Cell) -> Path:
+    return Path(str(cell.request.out))
+
+
+def _is_whole(out: Path, manifest: str) -> bool:
+    """Whether the bundle that was made, and no other, lies there undamaged."""
     try:
-        return not Bundle.load(out).damaged_files()
-    except InputError:
+        bundle = Bundle.load(out)
+        return file_sha256(out / MANIFEST) == manifest and not bundle.damaged_files()
+    except (InputError, OSError):
         return False

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
 import threading
@@ -12,12 +10,22 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 
 from exporter.cases import CaseResult, Status
+from exporter.child_process import environment, signal_name, thread_environment
 from exporter.errors import EnvironmentLackError
 from exporter.matrix.config import Cell
 from exporter.matrix.worker import job, result_of
 
 ATTEMPTS = 2
 """A process that is killed, by a lack of memory for example, gets a second one."""
+
+_PROGRAM = """
+import sys
+sys.path = [folder for folder in sys.path if folder]
+from exporter.matrix.worker import main
+sys.exit(main())
+"""
+WORKER = (sys.executable, "-c", _PROGRAM)
+"""It runs where this process does, since paths of requests may be relative."""
 
 
 @dataclass(slots=True)
@@ -32,6 +40,7 @@ class SubprocessPool:
     threads: int
     cached: bool = True
     shards: int = 1
+    command: tuple[str, ...] = WORKER
     _ended: SimpleQueue[tuple[Cell, CaseResult]] = field(default_factory=SimpleQueue)
     _processes: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
     _closed: bool = False
@@ -54,28 +63,33 @@ class SubprocessPool:
         return self._ended.get()
 
     def _run(self, cell: Cell) -> None:
+        """Whatever happens, the cell ends: who waits for it has nobody else to ask."""
         start = time.perf_counter()
+        try:
+            result = self._result(cell, start)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            result = _failed(cell, f"its process is of no use: {error}", start)
+        self._ended.put((cell, result))
+
+    def _result(self, cell: Cell, start: float) -> CaseResult:
         for attempt in range(1, ATTEMPTS + 1):
             code, out, err = self._process(cell)
             if code == 0:
-                self._ended.put((cell, result_of(out)))
-                return
+                return result_of(out)
             if code > 0 or self._closed or attempt == ATTEMPTS:
                 break
-        seconds = time.perf_counter() - start
-        self._ended.put((cell, _crashed(cell, code, err, seconds)))
+        return _failed(cell, _crash_sentence(code, err), start)
 
     def _process(self, cell: Cell) -> tuple[int, str, str]:
-        number = str(self.threads)
         process = subprocess.Popen(
-            [sys.executable, "-m", "exporter.matrix.worker"],
+            self.command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             encoding="utf-8",
             errors="replace",
-            env={**os.environ, **thread_environment(number)},
+            env={**environment(), **thread_environment(self.threads)},
         )
         self._processes[cell.name] = process
         out, err = process.communicate(
@@ -85,22 +99,17 @@ class SubprocessPool:
         return process.returncode, out, err
 
 
-def thread_environment(number: str) -> dict[str, str]:
-    """Variables that make the libraries compute with ``number`` threads, and not spin."""
-    return {
-        "OMP_NUM_THREADS": number,
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "OPENBLAS_NUM_THREADS": "1",
-    }
-
-
-def _crashed(cell: Cell, code: int, err: str, seconds: float) -> CaseResult:
-    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+def _crash_sentence(code: int, err: str) -> str:
+    how = f"was ended by {signal_name(code)}" if code < 0 else f"ended with exit code {code}"
     last = next((line for line in reversed(err.splitlines()) if line.strip()), "it said nothing")
+    return f"its process {how}: {last}"
+
+
+def _failed(cell: Cell, message: str, start: float) -> CaseResult:
     return CaseResult(
         name=cell.name,
         status=Status.ERROR,
-        seconds=seconds,
+        seconds=time.perf_counter() - start,
         exit_code=EnvironmentLackError.exit_code,
-        message=f"its process ended by {how}: {last}",
+        message=message,
     )

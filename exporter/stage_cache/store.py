@@ -29,6 +29,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from exporter.bundle import file_sha256
 from exporter.files.private_folder import scratch_folder
 
 FORMAT = "v1"
@@ -123,15 +124,8 @@ class StageStore:
             staging = Path(tempfile.mkdtemp(dir=self._incoming))
             try:
                 described = {path.name: _copy(path, staging / path.name) for path in files}
-                entry = {
-                    "stage": stage,
-                    "key": key,
-                    "inputs": dict(inputs),
-                    "seconds": seconds,
-                    "files": described,
-                }
-                text = json.dumps({**entry, "sha256": _digest(entry)})
-                (staging / _ENTRY).write_text(text, encoding="utf-8")
+                _write_entry(staging, stage=stage, key=key, inputs=dict(inputs), seconds=seconds,
+                             files=described)  # fmt: skip
                 path = self._path(stage, key)
                 self._remove(path)
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,39 +137,48 @@ class StageStore:
     def pack(self, stage: str, key: str) -> bytes | None:
         """An entry as a tar archive, for a machine that has another cache; None without it."""
         with scratch_folder("stages") as folder:
-            if self.fetch(stage, key, folder) is None:
+            info = self.fetch(stage, key, folder)
+            if info is None:
                 return None
-            shutil.copyfile(self._path(stage, key) / _ENTRY, folder / _ENTRY)
+            described = {path.name: _described(path) for path in folder.iterdir()}
+            _write_entry(folder, stage=stage, key=key, inputs=info.inputs, seconds=info.seconds,
+                         files=described)  # fmt: skip
             return packed(folder)
 
     def unpack(self, archive: bytes) -> None:
         """Store what :meth:`pack` packed; nothing happens where it is there already, or damaged."""
         with scratch_folder("stages") as folder:
-            unpack_into(archive, folder)
-            with contextlib.suppress(DamagedEntryError, FileNotFoundError), _unless_damaged():
-                named = json.loads((folder / _ENTRY).read_text("utf-8"))
-                entry = _read(folder, named["stage"], named["key"])
-                if not self.has(entry["stage"], entry["key"]):
-                    files = [folder / name for name in entry["files"]]
-                    inputs, seconds = entry["inputs"], entry["seconds"]
-                    self.put(entry["stage"], entry["key"], inputs, seconds, files)
+            try:
+                with _unless_damaged():
+                    unpack_into(archive, folder)
+                    named = json.loads((folder / _ENTRY).read_text("utf-8"))
+                    entry = _read(folder, named["stage"], named["key"])
+                    files = {folder / name: file for name, file in entry["files"].items()}
+                    whole = all(_described(path) == file for path, file in files.items())
+            except (DamagedEntryError, FileNotFoundError, tarfile.TarError):
+                return
+            if whole and not self.has(entry["stage"], entry["key"]):
+                inputs, seconds = entry["inputs"], entry["seconds"]
+                self.put(entry["stage"], entry["key"], inputs, seconds, files)
 
     def entries(self) -> tuple[EntryInfo, ...]:
         """All that can be read, those used last first."""
-        found = []
-        for path in (self.root / FORMAT).glob(f"*/*/{_ENTRY}"):
-            folder = path.parent
-            with contextlib.suppress(OSError, DamagedEntryError), _unless_damaged():
-                found.append(_info(folder, _read(folder, folder.parent.name, folder.name)))
+        found = [info for folder in self._folders() if (info := _readable(folder)) is not None]
         return tuple(sorted(found, key=lambda info: -info.used))
 
     def clear(self) -> int:
         """Remove every entry, damaged ones too; how many there were."""
         with self._lock("put"):
-            folders = [path for path in (self.root / FORMAT).glob("*/*") if path.is_dir()]
+            folders = self._folders()
             for path in folders:
                 self._remove(path)
+            shutil.rmtree(self._incoming, ignore_errors=True)
         return len(folders)
+
+    def _folders(self) -> list[Path]:
+        """Those of the entries, readable or not."""
+        found = (self.root / FORMAT).glob("*/*")
+        return [path for path in found if path.is_dir() and path.parent != self._incoming]
 
     @property
     def _incoming(self) -> Path:
@@ -202,7 +205,10 @@ class StageStore:
         shutil.rmtree(gone, ignore_errors=True)
 
     def _make_room(self, newest: Path) -> None:
-        """Remove what was used longest ago, but not what was just stored."""
+        """Remove what nobody can read, then what was used longest ago; not what was just stored."""
+        for path in self._folders():
+            if _readable(path) is None:
+                self._remove(path)
         entries = self.entries()
         total = sum(info.bytes for info in entries)
         for info in reversed(entries):
@@ -250,6 +256,19 @@ def _read(path: Path, stage: str, key: str) -> dict[str, Any]:
     return entry
 
 
+def _readable(path: Path) -> EntryInfo | None:
+    """The entry in ``path`` without its files' content; None if it is damaged or gone."""
+    with contextlib.suppress(OSError, DamagedEntryError), _unless_damaged():
+        return _info(path, _read(path, path.parent.name, path.name))
+    return None
+
+
+def _write_entry(folder: Path, **entry: Any) -> None:
+    """Say in ``folder`` what its files are."""
+    text = json.dumps({**entry, "sha256": _digest(entry)})
+    (folder / _ENTRY).write_text(text, encoding="utf-8")
+
+
 def _info(path: Path, entry: Mapping[str, Any]) -> EntryInfo:
     return EntryInfo(
         stage=entry["stage"],
@@ -263,6 +282,10 @@ def _info(path: Path, entry: Mapping[str, Any]) -> EntryInfo:
 
 def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _described(path: Path) -> dict[str, Any]:
+    return {"sha256": file_sha256(path), "bytes": path.stat().st_size}
 
 
 def _copy(source: Path, target: Path) -> dict[str, Any]:

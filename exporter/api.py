@@ -28,6 +28,11 @@ Chunk: TypeAlias = FloatArray | tuple[FloatArray, ...]
 Arrays: TypeAlias = Chunk | Iterable[Chunk]
 Example: TypeAlias = torch.Tensor | tuple[torch.Tensor, ...]
 
+_NAMED = {
+    "model", "precision", "weights", "calibration", "evaluation", "target", "backend", "out",
+}  # fmt: skip
+"""Of a request, what :func:`export` has parameters for."""
+
 
 def reparameterize(module: nn.Module) -> nn.Module:
     """Return a deep copy of ``module`` in eval mode whose RepVGG blocks are single convolutions.
@@ -59,29 +64,25 @@ def export(
 ) -> Bundle:
     """Export a network with RepVGG-style blocks and return its published bundle.
 
-    Args:
-        module: a variant's name such as ``"A0"``; or a trained module of any class that contains
-            RepVGG-style blocks (then ``example_input`` is required and ``weights`` must be None).
-            Its forward takes float tensors ``[N, ...]`` and returns one, or tuples, lists or dicts
-            of them. Only the blocks are fused; everything else is exported as it is.
-        example_input: float tensor ``[N, ...]``, or a tuple of one an input; fixes all sizes but
-            the batch.
-        weights: as ``WEIGHTS=``: a checkpoint, ``"hub"`` or ``"random"``.
-        precision: ``"fp32"``, ``"fp16"``, ``"bf16"``, ``"int8"`` or ``"fp8"``.
-        calibration: a folder of images, or float32 arrays that are already preprocessed: one
-            ``[N, ...]``, a tuple of one an input, or an iterable of either, which is read once,
-            into memory.
-        evaluation: the same, to compare the stages on; without it the calibration arrays.
-        targets: compute capabilities or devices, ``"sm86"`` or ``["sm80", "orin"]``. The engine of
-            a device that builds its own is deferred, as ``engine.json`` then says.
-        options: further fields of :class:`exporter.spec.ExportRequest`, such as ``batch="1:8:32"``
-            or ``dynamic_size="64:96:128"``, which leaves height and width of the inputs open.
+    Args: module: a variant's name such as ``"A0"``; or a trained module of any class that contains
+    RepVGG-style blocks (then ``example_input`` is required and ``weights`` must be None). Its
+    forward takes float tensors ``[N, ...]`` and returns one, or tuples, lists or dicts of them.
+    Only the blocks are fused; everything else is exported as it is. example_input: float tensor
+    ``[N, ...]``, or a tuple of one an input; fixes all sizes but the batch. weights: as
+    ``WEIGHTS=``: a checkpoint, ``"hub"`` or ``"random"``. precision: ``"fp32"``, ``"fp16"``,
+    ``"bf16"``, ``"int8"`` or ``"fp8"``. calibration: a folder of images, or float32 arrays that are
+    already preprocessed: one ``[N, ...]``, a tuple of one an input, or an iterable of either, which
+    is read once, into memory. evaluation: the same, to compare the stages on; without it the
+    calibration arrays. targets: compute capabilities or devices, ``"sm86"`` or ``["sm80",
+    "orin"]``. The engine of a device that builds its own is deferred, as ``engine.json`` then says.
+    options: further fields of :class:`exporter.request.ExportRequest`, such as ``batch="1:8:32"``
+    or ``dynamic_size="64:96:128"``, which leaves height and width of the inputs open.
 
     Raises:
         exporter.errors.ExporterError: GateFailedError, InputError or EnvironmentLackError.
     """
-    unknown = sorted(set(options) - set(ExportRequest.__dataclass_fields__))
-    if unknown:
+    further = ExportRequest.__dataclass_fields__.keys() - _NAMED
+    if unknown := sorted(options.keys() - further):
         raise InputError(f"unknown option {', '.join(unknown)}")
     request = ExportRequest(
         model=module if isinstance(module, str) else "",

@@ -120,7 +120,9 @@ def _export(
         judge.check("onnx", OnnxRunner(model).run, graphs=pair)
     with clock.stage("simplify"):
         exported, model = model, simplify(model, judge.samples(SAMPLE), simplifier)
-        if model is not exported or not judge.carry_over("onnx", "simplified"):
+        if model is exported:
+            judge.carry_over("onnx", "simplified")
+        else:
             simplified = GraphPair(reference="onnx", good=exported, bad=model)
             judge.check("simplified", OnnxRunner(model).run, graphs=simplified)
         if plain is not None:

@@ -86,6 +86,7 @@ def test_a_variant_name_exports_the_bundled_weights(tmp_path):
         ({"module": "A0", "calibration": [np.zeros((2, 3, 4, 4))]}, "expected float32"),
         ({"module": "A0", "calibration": np.zeros((0, 3, 4, 4), np.float32)}, "no images"),
         ({"module": "A0", "calibration": ["a"]}, "calibration holds str"),
+        ({"module": "A0", "target": "orin", "sparsity": 2}, "unknown option sparsity, target"),
         ({"module": "A0", "targets": ["sm12"]}, "sm12"),
     ],
 )

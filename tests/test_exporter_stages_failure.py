@@ -67,6 +67,13 @@ def failed(network: RepVGG, tmp_path: Path) -> Failed:
     return run
 
 
+def test_gates_that_are_asked_for_hold_at_fp32_too(failed: Failed) -> None:
+    """The graph that is built is the simplified one."""
+    error, _ = failed(precision="fp32", min_sqnr_db=199)
+    assert "parity failed at stage simplified: SQNR is " in str(error)
+    assert "required 199 dB" in str(error)
+
+
 def test_a_weight_flipped_between_export_and_simplification_names_its_layer(
     failed: Failed, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,7 +70,11 @@ def test_what_leads_to_the_built_graph_is_judged_on_as_many_images_as_its_pixels
         stage: images(judge, stage) for stage in judge_module.ON_THE_WAY
     }
     assert (40, 40) == images(judge, "fp16")
-    assert (40, 40) == images(made(precision=Precision.FP32)[0], "simplified")
+    judge, _ = made(precision=Precision.FP32)
+    assert (32, 32) == images(judge, "simplified")
+    judge.check("simplified", run)
+    judge.recheck("simplified", run)
+    assert [40] == [row.images for row in judge.ledger.stages]
     free, _ = made(SizeProfile((8, 8, 8), (8, 8, 8)), Precision.FP16)
     assert (40, 40) == images(free, "onnx")
     monkeypatch.setattr(judge_module, "PIXELS_ON_THE_WAY", 1)
@@ -93,24 +97,31 @@ def test_a_wrong_image_beyond_the_first_ones_fails_the_graph_that_is_built(
         judge.check("fp16", wrong_at_the_end)
 
 
-def test_a_stage_that_changes_nothing_has_the_row_of_the_one_before(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Figures, images and the worst of them; but what is built is judged on all images anyhow."""
+def test_a_stage_that_changes_nothing_has_the_row_of_the_one_before() -> None:
+    """Figures, images and the worst of them."""
     judge, source = made()
     assert source.interface is not None
     judge.check("onnx", torch_runner(source.module, source.interface))
-    assert judge.carry_over("onnx", "simplified")
+    judge.carry_over("onnx", "simplified")
     first, second = judge.ledger.to_json()["stages"]
     assert {**first, "stage": "simplified"} == second
     assert judge.ledger.worst_images is not None
     assert "simplified" == judge.ledger.worst_images.stage
 
-    monkeypatch.setattr(judge_module, "PIXELS_ON_THE_WAY", 16 * 8 * 8)
-    judge, source = made(precision=Precision.FP32)
-    judge.check("onnx", torch_runner(source.module, source.interface))
-    assert not judge.carry_over("onnx", "simplified")
-    assert ["onnx"] == [row.stage for row in judge.ledger.stages]
+
+def test_worst_images_are_those_of_the_graph_that_was_judged_last() -> None:
+    """Also where it replaces one that was judged before; not where another row is the last."""
+    judge, _ = made()
+
+    def worst_by(factor: float) -> float:
+        judge.recheck("simplified", lambda batch: {"output": factor * batch[0]})
+        assert judge.ledger.worst_images is not None
+        return judge.ledger.worst_images.rows[0].max_abs
+
+    judge.check("simplified", lambda batch: {"output": 2 * batch[0]})
+    assert 0 == worst_by(2) < worst_by(2.00001)
+    judge.check("fp16", lambda batch: {"output": 2 * batch[0]})
+    assert 0 == worst_by(2.00001)
 
 
 def test_large_outputs_are_compared_on_fewer_images(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,10 +111,11 @@ def test_a_demand_that_int8_cannot_meet_fails_and_shows_the_curve(exported, tmp_
     assert not (tmp_path / "bundle").exists()
 
 
-def test_max_drop_needs_labels(exported):
-    """Arrays have none: the request is refused before anything is quantized."""
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
+def test_max_drop_needs_labels(exported, precision):
+    """Arrays have none: the request is refused before anything is made narrower."""
     with pytest.raises(InputError, match="--max-drop needs labels: pass --evaluation with a fold"):
-        exported(max_drop=0.2)
+        exported(max_drop=0.2, precision=precision)
 
 
 def test_a_graph_that_is_no_chain_climbs_the_clip_methods_only(images, tmp_path):
@@ -205,6 +206,10 @@ def test_a_calibration_table_of_something_else_is_refused(exported, tmp_path, im
     with pytest.raises(InputError, match="per tensor weights differs"):
         exported(calibration_table=str(table), per_tensor_weights=True)
     document = json.loads(table.read_text())
+    lost = document["tensors"].popitem()
+    table.write_text(json.dumps(document))
+    with pytest.raises(InputError, match=f"table does not fit the network: '{lost[0]}'"):
+        exported(calibration_table=str(table))
     document["source_sha256"] = "0" * 64
     table.write_text(json.dumps(document))
     with pytest.raises(InputError, match=r"the network .or how it was exported. differs; leave"):

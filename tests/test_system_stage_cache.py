@@ -69,6 +69,30 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
     return made
 
 
+def test_fp32_is_judged_on_all_images_also_where_another_precision_made_its_graph(
+    tmp_path: Path,
+) -> None:
+    """To the others the float graph only leads, so that a few images did for it."""
+    code = (
+        "import sys; from exporter import cli; from exporter.stages import judge;"
+        "judge.PIXELS_ON_THE_WAY = 16 * 64 * 64; sys.exit(cli.main(sys.argv[1:]))"
+    )
+    exports = Exports(tmp_path)
+    rows = {}
+    for precision, reused in (("fp16", False), ("fp32", True)):
+        found = exports.run_program(
+            code, "engine", "A0", "--precision", precision, "--evaluation-images", "40",
+            "--target", "orin", "--json", "--out", precision,
+        )  # fmt: skip
+        assert reused == {s["stage"]: s["reused"] for s in found["stages"]}["float"]
+        parity = json.loads((tmp_path / precision / "parity.json").read_text())
+        rows[precision] = {row["stage"]: row for row in parity["stages"]}
+    assert (16, None) == tuple(rows["fp16"]["simplified"][key] for key in ("images", "top1"))
+    built = rows["fp32"]["simplified"]
+    assert 40 == built["images"]
+    assert built["top1"] is not None
+
+
 def test_another_target_builds_the_engine_only(exports: Exports) -> None:
     """Torch and onnx are not even loaded, and everything but the engine is the same."""
     code = (

@@ -15,8 +15,8 @@
     min_sqnr_db = 35
     margins = { sqnr_db = 0.5 } # of this case
 
-A case has the keys of :class:`exporter.spec.ExportRequest`, without ``out``. Paths are relative to
-the file's folder.
+A case has the keys of :class:`exporter.request.ExportRequest`, without ``out``. Paths are relative
+to the file's folder.
 """
 
 from __future__ import annotations

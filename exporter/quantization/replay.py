@@ -130,12 +130,12 @@ def replay(
     options = RecipeOptions(per_tensor_weights=per_tensor, keep_float=kept)
     stages = chain.chain.stages
     boundaries = dict(zip((stage.name for stage in stages), chain.boundaries, strict=False))
-    clips = [
-        table.ranges[boundaries[stage.name]].threshold if stage.name not in kept else 1.0
-        for stage in stages
-    ]
     scales = [table.channel_scales.get(stage.name) for stage in stages]
     try:
+        clips = [
+            table.ranges[boundaries[stage.name]].threshold if stage.name not in kept else 1.0
+            for stage in stages
+        ]
         rescaled, done = requantize(
             Rung(table.method),
             chain.chain,

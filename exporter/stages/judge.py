@@ -196,18 +196,20 @@ class Judge:
         ends = [(size.height[end], size.width[end]) for end in (0, 2)]
         return [end for end in dict.fromkeys(ends) if end != own]
 
-    def score(self, stage: str, run: Runner, gate: Gate | None = None) -> StageResult:
+    def score(
+        self, stage: str, run: Runner, gate: Gate | None = None, *, again: bool = False
+    ) -> StageResult:
         """Run a stage on all images and hold its outputs against the original's.
 
         A graph that only leads to the one that is built is run on the first of them, as many as
-        `PIXELS_ON_THE_WAY` allows.
+        `PIXELS_ON_THE_WAY` allows. At fp32 the simplified graph does, until it is judged ``again``.
 
         A network that was trained with quantizers has them in it; the float graphs are held against
         the same network without them.
         """
         is_float = self._unquantized is not None and stage in FLOAT_STAGES
         reference = self._unquantized if is_float and self._unquantized else self.original
-        few = self._few_batches(stage)
+        few = self._few_batches(stage, again=again)
         if few is None:
             outputs, count = self._outputs(run), self._count
         else:
@@ -229,9 +231,9 @@ class Judge:
         self._scored += [(result, worst)] if worst else []
         return result
 
-    def _few_batches(self, stage: str) -> int | None:
+    def _few_batches(self, stage: str, *, again: bool) -> int | None:
         """Of the images, full ones, on which a stage is run; None: all."""
-        is_built = stage == "simplified" and self._spec.precision is Precision.FP32
+        is_built = again and stage == "simplified" and self._spec.precision is Precision.FP32
         # With a free size neighbours may differ in size, and every size has outputs of its own.
         if stage not in ON_THE_WAY or is_built or self._spec.dynamic_size is not None:
             return None
@@ -304,28 +306,25 @@ class Judge:
         advice = "tracing freezes what Python computes from shapes or values" if frozen else ""
         self.add(self.score(stage, run, gate), advice, graphs)
 
-    def carry_over(self, before: str, stage: str) -> bool:
-        """Add the row of the stage ``before``, which passed, as that of ``stage``: the same graph.
-
-        False, and nothing added, if ``stage`` is to be judged on other images.
-        """
-        if self._few_batches(before) != self._few_batches(stage):
-            return False
+    def carry_over(self, before: str, stage: str) -> None:
+        """Add the row of the stage ``before``, which passed, for ``stage``, the same graph."""
         row = next(row for row in self.ledger.stages if row.stage == before)
         worst = self.ledger.worst_images
         if worst is not None and worst.stage == before:
             worst = replace(worst, stage=stage)
         self.ledger = replace(self.ledger.with_stage(replace(row, stage=stage)), worst_images=worst)
-        return True
 
     def recheck(self, stage: str, run: Runner, gate: Gate | None = None) -> None:
         """Judge a stage again whose graph was replaced; the row is replaced too."""
         before = self.ledger
         place = [row.stage for row in before.stages].index(stage)
         self.ledger = replace(before, stages=before.stages[:place])
-        self.check(stage, run, gate)
-        rows = (*self.ledger.stages, *before.stages[place + 1 :])
-        self.ledger = replace(before, stages=rows)
+        self.add(self.score(stage, run, gate, again=True))
+        later = before.stages[place + 1 :]
+        # The worst images are the last row's.
+        worst = before.worst_images if later else self.ledger.worst_images
+        rows = (*self.ledger.stages, *later)
+        self.ledger = replace(before, stages=rows, worst_images=worst)
 
     def record_int8(self, ladder: tuple[Rung, ...], mixed: MixedPrecision | None) -> None:
         """Put the ladder and the Pareto list into the ledger."""

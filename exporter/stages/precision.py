@@ -77,8 +77,9 @@ def apply_precision(
         GateFailedError: if it is not close enough to the original.
         InputError: if an option or the calibration images do not fit.
     """
+    _require_measurable(spec, inputs, judge)
     if spec.precision is Precision.FP32:
-        return Precise(model=model, graph=model)
+        return _float(spec, model, judge, stage)
     kind = _NARROW.get(spec.precision)
     if kind is not None:
         return _narrow(spec, inputs, model, judge, stage, kind=kind)
@@ -87,6 +88,16 @@ def apply_precision(
     quantize = _quantize if inputs.source.trained is None else _quantize_trained
     precise = quantize(spec, inputs, model, judge, stage)
     return _half_all_through(spec, inputs, precise, judge, stage) if half_scales else precise
+
+
+def _float(spec: ExportSpec, model: onnx.ModelProto, judge: Judge, stage: Stage) -> Precise:
+    """The graph is there; it is held to all images, and to the gates that were asked for."""
+    gate = _as_asked(parity.GATES["simplified"], spec)
+    (row,) = (row for row in judge.ledger.stages if row.stage == "simplified")
+    if (row.images, row.gate) != (judge.ledger.image_count, gate):
+        with stage("fp32"):
+            judge.recheck("simplified", OnnxRunner(model).run, gate)
+    return Precise(model=model, graph=model)
 
 
 def _half_all_through(
@@ -124,7 +135,6 @@ def _fp8(
     spec: ExportSpec, inputs: Inputs, model: onnx.ModelProto, judge: Judge, stage: Stage
 ) -> Precise:
     images = inputs.calibration
-    _require_labels(spec, judge)
     if images is None:
         raise InputError("fp8 needs calibration images: pass CALIB=folder")
     options = Fp8Options(
@@ -142,10 +152,15 @@ def _fp8(
     return Precise(model=made.model, graph=made.graph, table=made.table, kept_float=made.kept_float)
 
 
-def _require_labels(spec: ExportSpec, judge: Judge) -> None:
+def _require_measurable(spec: ExportSpec, inputs: Inputs, judge: Judge) -> None:
+    """A gate that was asked for must not go unmeasured."""
     if spec.max_drop is not None and judge.labels is None:
         raise InputError(
             "--max-drop needs labels: pass --evaluation with a folder for each of the classes"
+        )
+    if spec.min_agreement is not None and inputs.interface.num_classes is None:
+        raise InputError(
+            "--min-agreement compares the answers of a classifier, which this network is not"
         )
 
 
@@ -193,7 +208,6 @@ def _quantize(
     spec: ExportSpec, inputs: Inputs, model: onnx.ModelProto, judge: Judge, stage: Stage
 ) -> Precise:
     images = inputs.calibration
-    _require_labels(spec, judge)
     request = Int8Request(
         recipe=spec.recipe,
         gate=_precision_gate(spec, inputs.source),
@@ -262,6 +276,10 @@ def _precision_gate(spec: ExportSpec, source: Source) -> Gate:
     trained = source.trained
     if trained is not None and not spec.keep_float:
         gate = trained.gate
+    return _as_asked(gate, spec)
+
+
+def _as_asked(gate: Gate, spec: ExportSpec) -> Gate:
     if spec.min_sqnr_db is not None:
         gate = replace(gate, min_sqnr_db=spec.min_sqnr_db)
     if spec.min_agreement is not None:

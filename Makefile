@@ -34,8 +34,9 @@ engine: $(READY)
 	@$(ENGINE)
 
 # Alone: the cases of CONFIG, held to their gates and to BASELINE. With MODEL, PRECISION or another
-# variable of the engine: that one bundle, judged again by a fresh process without torch.
-ONE_BUNDLE := $(filter command environment,$(foreach name,MODEL PRECISION WEIGHTS CALIB TARGET \
+# variable of the engine after it: that one bundle, judged again by a fresh process without torch. One
+# that happens to be in the environment must not keep a CI job from its baseline.
+ONE_BUNDLE := $(filter command,$(foreach name,MODEL PRECISION WEIGHTS CALIB TARGET \
 	BACKEND BATCH IMAGE_SIZE OUT ARGS,$(origin $(name))))
 ifneq ($(ONE_BUNDLE),)
 parity: engine

@@ -41,8 +41,10 @@ def reparameterize(module: nn.Module) -> nn.Module:
     gives a :class:`models.TrainModeWarning`.
 
     Raises:
-        InputError: naming the block, if one cannot be fused.
+        InputError: if it is no module, or a block, which is named, cannot be fused.
     """
+    if not isinstance(module, nn.Module):
+        raise InputError(f"a {type(module).__name__} is no torch module")
     try:
         return _reparameterize(module)
     except ValueError as error:

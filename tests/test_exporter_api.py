@@ -52,6 +52,11 @@ def test_reparameterize_returns_a_fused_copy_and_leaves_the_module_alone(network
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
+def test_what_is_no_module_cannot_be_reparameterized():
+    with pytest.raises(InputError, match="a int is no torch module"):
+        reparameterize(3)
+
+
 def test_a_module_is_exported_with_arrays_as_calibration(network, images, tmp_path):
     """The bundle runs the INT8 graph and stays close to the module it was made from."""
     bundle = export(
@@ -86,6 +91,10 @@ def test_a_variant_name_exports_the_bundled_weights(tmp_path):
         ({"module": "A0", "calibration": [np.zeros((2, 3, 4, 4))]}, "expected float32"),
         ({"module": "A0", "calibration": np.zeros((0, 3, 4, 4), np.float32)}, "no images"),
         ({"module": "A0", "calibration": ["a"]}, "calibration holds str"),
+        (
+            {"module": "A0", "calibration": np.zeros((20, 3, 32, 32), np.float32)},
+            r"calibration holds float32 \[20, 3, 32, 32\], expected float32 \[N, 3, 64, 64\]",
+        ),
         ({"module": "A0", "target": "orin", "sparsity": 2}, "unknown option sparsity, target"),
         ({"module": "A0", "targets": ["sm12"]}, "sm12"),
     ],

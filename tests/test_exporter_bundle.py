@@ -602,6 +602,11 @@ def test_other_inputs_are_refused(tmp_path: Path, images: np.ndarray, said: str)
         publish(tmp_path / "out").run(images)
 
 
+def test_what_is_no_array_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="input is a list, expected a numpy array"):
+        publish(tmp_path / "out").run([[1.0]])
+
+
 def test_reference_inputs_never_run_code(tmp_path: Path) -> None:
     """A pickle in reference.npz is refused and not executed."""
     found = publish(tmp_path / "out")

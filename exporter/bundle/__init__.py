@@ -208,6 +208,8 @@ class Bundle:
             names = ", ".join(self._names("inputs", "images"))
             raise InputError(f"{len(batch)} arrays were passed, expected {len(shapes)}: {names}")
         for array, wanted, port in zip(batch, shapes, ports, strict=True):
+            if not isinstance(array, (np.ndarray, np.generic)):
+                raise InputError(f"input is a {type(array).__name__}, expected a numpy array")
             dtype = port.get("dtype", FLOAT)
             if not fits(array, wanted, dtype) or not len(array) == len(batch[0]) > 0:
                 pixels = ", RGB pixels that are not normalized," if "layout" in port else ""

@@ -97,7 +97,8 @@ class ImageSet(Protocol):
 class FolderImages:
     """Image files, decoded once. ``skipped`` were unreadable and left out on request.
 
-    With a ``spread`` others help to look at them, who read the files at the same paths.
+    With a ``spread`` others help to look at them, who read the files at the same paths. Unless
+    ``labelled``, their folders are not the network's classes.
     """
 
     folder: ImageFolder
@@ -106,6 +107,7 @@ class FolderImages:
     skipped: int = 0
     spread: Spread | None = None
     first: int = 0
+    labelled: bool = True
 
     @property
     def preprocess(self) -> Preprocess:
@@ -169,7 +171,7 @@ class FolderImages:
             raise InputError(f"{error}; --skip-bad-images leaves such files out") from error
 
     def labels(self, class_names: Sequence[str] | None, num_classes: int) -> LabelArray | None:
-        names = self.folder.label_names()
+        names = self.folder.label_names() if self.labelled else None
         if names is None:
             return None
         classes = sorted(set(names)) if class_names is None else list(class_names)

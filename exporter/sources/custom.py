@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -98,12 +99,17 @@ def array_images(arrays: Any, what: str, ports: tuple[Port, ...]) -> ArrayImages
     """
     chunks = [arrays] if isinstance(arrays, (np.ndarray, tuple)) else list(arrays)
     batches = [chunk if isinstance(chunk, tuple) else (chunk,) for chunk in chunks]
-    for batch in batches:
-        _check_batch(batch, what, ports)
+    require_fitting(batches, what, ports)
     filled = tuple(batch for batch in batches if len(batch[0]))
     if not filled:
         raise InputError(f"{what} holds no images")
     return ArrayImages(chunks=filled)
+
+
+def require_fitting(batches: Iterable[tuple[Any, ...]], what: str, ports: tuple[Port, ...]) -> None:
+    """Raises InputError where an array is not what the input of its place takes."""
+    for batch in batches:
+        _check_batch(batch, what, ports)
 
 
 def _check_batch(batch: tuple[Any, ...], what: str, ports: tuple[Port, ...]) -> None:

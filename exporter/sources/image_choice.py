@@ -55,6 +55,15 @@ def evaluation_root(spec: ExportSpec) -> tuple[Path, str, tuple[str, ...]]:
     return bundled_images().test_images, "bundled test images", notes
 
 
+def judges_answers(spec: ExportSpec) -> bool:
+    """Whether the evaluation images' folders can be the network's classes: not another network's.
+
+    The bundled images have ten, and so may any network.
+    """
+    named = spec.evaluation is not None or spec.calibration is not None
+    return named or weights_kind(spec) == BUNDLED
+
+
 def bundled_images() -> BundledWeights:
     """The images that come with this project.
 

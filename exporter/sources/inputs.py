@@ -9,10 +9,16 @@ from calibration.images import Preprocess
 from exporter.errors import InputError
 from exporter.files.text_file import read_json
 from exporter.network import Interface, classifier_interface
-from exporter.running.image_set import FolderImages, ImageSet
+from exporter.running.image_set import ArrayImages, FolderImages, ImageSet
 from exporter.running.spread import Spread
+from exporter.sources.custom import require_fitting
 from exporter.sources.data_check import DataCheck, check_calibration, require_usable
-from exporter.sources.image_choice import BUNDLED, calibration_root, evaluation_root
+from exporter.sources.image_choice import (
+    BUNDLED,
+    calibration_root,
+    evaluation_root,
+    judges_answers,
+)
 from exporter.sources.source import Source, load_network
 from exporter.spec import RANDOM, ExportSpec
 
@@ -67,6 +73,11 @@ def prepare(
         calibration = calibration_images(spec, _required(preprocess, "calibration"), spread)
     if evaluation is None:
         evaluation, notes = evaluation_images(spec, _required(preprocess, "evaluation"), spread)
+    interface = source.interface or _variant_interface(spec, source, preprocess)
+    for what, images in (("calibration", calibration), ("evaluation", evaluation)):
+        if isinstance(images, ArrayImages):
+            require_fitting(images.chunks, what, interface.inputs)
+    notes += _label_notes(evaluation, source, interface)
     data = None
     if spec.precision.is_quantized and calibration is not None:
         # ImageNet's is a guess where the caller prepared the arrays and does not say how.
@@ -76,7 +87,7 @@ def prepare(
         notes += data.notes
     return Inputs(
         source=source,
-        interface=source.interface or _variant_interface(spec, source, preprocess),
+        interface=interface,
         preprocess=preprocess,
         evaluation=evaluation,
         calibration=calibration,
@@ -159,7 +170,21 @@ def evaluation_images(
     """
     root, words, notes = evaluation_root(spec)
     images = _open(spec, root, preprocess, words, count=spec.evaluation_images, spread=spread)
-    return images, notes
+    return replace(images, labelled=judges_answers(spec)), notes
+
+
+def _label_notes(images: ImageSet, source: Source, interface: Interface) -> tuple[str, ...]:
+    """Class folders that are of no use must not be missed in silence."""
+    count = interface.num_classes
+    if not isinstance(images, FolderImages) or not images.labelled or count is None:
+        return ()
+    names = images.folder.label_names()
+    if names is None or images.labels(source.class_names, count) is not None:
+        return ()
+    return (
+        f"no top-1: {images.description} has folders for {len(set(names))} classes, which are not "
+        f"the network's {count}",
+    )
 
 
 def _open(

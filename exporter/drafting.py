@@ -108,7 +108,11 @@ def make_draft(
             prologue=prologue,
             recipe=precise.table.method if precise.table else None,
         ),
-        notes=inputs.source.notes + inputs.notes + float_graph.notes + precise.notes + judge.notes,
+        notes=inputs.source.notes
+        + inputs.notes
+        + float_graph.notes
+        + precise.notes
+        + judge.images.notes,
         ledger=judge.ledger,
         pictures=drawn,
         inputs=tuple(
@@ -184,7 +188,7 @@ def _watch(scene: Scene, inputs: Inputs, judge: Judge) -> None:
     def tell() -> Told:
         return Told(
             document=what_went_in(inputs),
-            notes=inputs.source.notes + inputs.notes + judge.notes,
+            notes=inputs.source.notes + inputs.notes + judge.images.notes,
             ledger=judge.ledger,
             pictures=pictures(inputs, judge),
         )

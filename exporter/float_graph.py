@@ -93,7 +93,7 @@ def fuse_network(inputs: Inputs, judge: Judge) -> Fused:
     if source.form == "deploy":
         judge.skip("reparameterized", "the checkpoint is already in deploy form")
         return Fused(module=source.module)
-    fused = fuse(source.module, judge.samples(SAMPLE)[0])
+    fused = fuse(source.module, judge.images.samples(SAMPLE)[0])
     judge.check("reparameterized", torch_runner(fused.module, inputs.interface))
     return fused
 
@@ -119,7 +119,7 @@ def _export(
         pair = ModulePair(module=fused, interface=inputs.interface, graph=model)
         judge.check("onnx", OnnxRunner(model).run, graphs=pair)
     with clock.stage("simplify"):
-        exported, model = model, simplify(model, judge.samples(SAMPLE), simplifier)
+        exported, model = model, simplify(model, judge.images.samples(SAMPLE), simplifier)
         if model is exported:
             judge.carry_over("onnx", "simplified")
         else:

@@ -187,8 +187,8 @@ def test_what_is_judged_in_parts_is_judged(
         rows = [each.score("onnx", run) for each in judges]
         assert rows[0].to_json() == rows[1].to_json()
     work = partial(largest_magnitudes, model)
-    expected = largest_magnitudes(model, judges[0].batches())
-    (first, *others) = judges[1].in_parts(work)
+    expected = largest_magnitudes(model, judges[0].images.batches())
+    (first, *others) = judges[1].images.in_parts(work)
     for other in others:
         first = larger(first, other)
     assert expected == first

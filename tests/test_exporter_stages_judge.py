@@ -17,6 +17,7 @@ from exporter.sources.custom import example_tensors, module_source
 from exporter.sources.source import Source
 from exporter.spec import ExportSpec, Precision
 from exporter.stages import judge as judge_module
+from exporter.stages import judged_images
 from exporter.stages.judge import Judge
 
 IMAGES = np.random.default_rng(0).standard_normal((40, 3, 8, 8)).astype(np.float32)
@@ -44,7 +45,7 @@ def test_every_stage_sees_all_images() -> None:
     """The original's outputs are those of the whole set; the ledger counts the images."""
     judge, source = made()
     np.testing.assert_array_equal(2 * IMAGES, judge.original["output"])
-    assert (40, ()) == (judge.ledger.image_count, judge.notes)
+    assert (40, ()) == (judge.ledger.image_count, judge.images.notes)
     assert source.interface is not None
     judge.check("onnx", torch_runner(source.module, source.interface))
     assert ["pass"] == [row.status for row in judge.ledger.stages]
@@ -54,7 +55,7 @@ def test_what_leads_to_the_built_graph_is_judged_on_as_many_images_as_its_pixels
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The graph that is built is judged on all of them, and so is all with a free size."""
-    monkeypatch.setattr(judge_module, "PIXELS_ON_THE_WAY", 39 * 8 * 8)
+    monkeypatch.setattr(judged_images, "PIXELS_ON_THE_WAY", 39 * 8 * 8)
     seen: list[int] = []
 
     def run(batch: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
@@ -77,7 +78,7 @@ def test_what_leads_to_the_built_graph_is_judged_on_as_many_images_as_its_pixels
     assert [40] == [row.images for row in judge.ledger.stages]
     free, _ = made(SizeProfile((8, 8, 8), (8, 8, 8)), Precision.FP16)
     assert (40, 40) == images(free, "onnx")
-    monkeypatch.setattr(judge_module, "PIXELS_ON_THE_WAY", 1)
+    monkeypatch.setattr(judged_images, "PIXELS_ON_THE_WAY", 1)
     assert (16, 16) == images(judge, "onnx")
 
 
@@ -85,7 +86,7 @@ def test_a_wrong_image_beyond_the_first_ones_fails_the_graph_that_is_built(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What the stages before it did not look at, it is still held against."""
-    monkeypatch.setattr(judge_module, "PIXELS_ON_THE_WAY", 16 * 8 * 8)
+    monkeypatch.setattr(judged_images, "PIXELS_ON_THE_WAY", 16 * 8 * 8)
     judge, _ = made(precision=Precision.FP16)
 
     def wrong_at_the_end(batch: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
@@ -126,11 +127,11 @@ def test_worst_images_are_those_of_the_graph_that_was_judged_last() -> None:
 
 def test_large_outputs_are_compared_on_fewer_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is kept stays within the limit, at least one batch; a note says so."""
-    monkeypatch.setattr(judge_module, "MAX_OUTPUT_BYTES", 32 * 3 * 64 * 4)
+    monkeypatch.setattr(judged_images, "MAX_OUTPUT_BYTES", 32 * 3 * 64 * 4)
     judge, _ = made()
     assert (32, (32, 3, 8, 8)) == (judge.ledger.image_count, judge.original["output"].shape)
-    assert "parity is measured on the first 32 of 40 images" in judge.notes[0]
-    monkeypatch.setattr(judge_module, "MAX_OUTPUT_BYTES", 1)
+    assert "parity is measured on the first 32 of 40 images" in judge.images.notes[0]
+    monkeypatch.setattr(judged_images, "MAX_OUTPUT_BYTES", 1)
     assert 16 == made()[0].ledger.image_count
 
 
@@ -140,7 +141,7 @@ def test_both_ends_of_a_dynamic_size_are_compared_too() -> None:
     assert {"output": (40, 3, 8, 8), "output@16x24": (16, 3, 16, 24)} == {
         name: values.shape for name, values in judge.original.items()
     }
-    assert [(2, 3, 8, 8), (2, 3, 16, 24)] == [batch[0].shape for batch in judge.samples(2)]
+    assert [(2, 3, 8, 8), (2, 3, 16, 24)] == [batch[0].shape for batch in judge.images.samples(2)]
 
 
 def test_a_stage_that_fails_ends_the_run() -> None:

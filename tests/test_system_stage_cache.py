@@ -74,8 +74,8 @@ def test_fp32_is_judged_on_all_images_also_where_another_precision_made_its_grap
 ) -> None:
     """To the others the float graph only leads, so that a few images did for it."""
     code = (
-        "import sys; from exporter import cli; from exporter.stages import judge;"
-        "judge.PIXELS_ON_THE_WAY = 16 * 64 * 64; sys.exit(cli.main(sys.argv[1:]))"
+        "import sys; from exporter import cli; from exporter.stages import judged_images;"
+        "judged_images.PIXELS_ON_THE_WAY = 16 * 64 * 64; sys.exit(cli.main(sys.argv[1:]))"
     )
     exports = Exports(tmp_path)
     rows = {}

@@ -76,14 +76,14 @@ def gather(
 
     The graphs are those of :func:`exporter.localization.layers.measure_layers`.
     """
-    (batch, *_) = judge.samples(REFERENCE_IMAGES)
+    (batch, *_) = judge.images.samples(REFERENCE_IMAGES)
     compared = graph if graph is not model else None
     judge.record_layers(measure_layers(exported, model, compared, precision, batch))
 
 
 def write_reference(folder: Path, inputs: Inputs, judge: Judge, prologue: Prologue | None) -> None:
     """Write a few real inputs, as the graph takes them, and the original's outputs for them."""
-    (sample, *_) = judge.samples(REFERENCE_IMAGES)
+    (sample, *_) = judge.images.samples(REFERENCE_IMAGES)
     ports = inputs.interface
     given = sample if prologue is None else prologue.pixels(sample)
     arrays = {port.name: array for port, array in zip(ports.inputs, given, strict=True)}

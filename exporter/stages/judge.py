@@ -2,40 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from itertools import islice
-from typing import TypeVar
 
 from exporter import parity
 from exporter.errors import GateFailedError
 from exporter.graph.prologue import Prologue
 from exporter.localization.graphs import Suspect
-from exporter.network import Interface, resized, torch_runner
+from exporter.network import Interface, torch_runner
 from exporter.parity import Gate, StageResult
 from exporter.parity.comparison import accuracy
 from exporter.parity.deviation import Localization
 from exporter.parity.layer_figures import LayerTable
 from exporter.parity.ledger import Ledger, MixedPrecision, Rung
 from exporter.parity.worst_images import WorstImages, worst_images
-from exporter.running.image_set import Advance, ImageSet, LabelArray, Sizes, outputs_of, sizes_of
-from exporter.running.onnx_runner import BATCH_SIZE, Batch, Outputs, Runner, joined
+from exporter.running.image_set import ImageSet, LabelArray, outputs_of
+from exporter.running.onnx_runner import BATCH_SIZE, Outputs, Runner
 from exporter.sources.source import Source
 from exporter.spec import ExportSpec, Precision
-
-MAX_OUTPUT_BYTES = 256 << 20
-"""Of the original's outputs that are kept to compare with; large feature maps need fewer images."""
+from exporter.stages.judged_images import JudgedImages
 
 ON_THE_WAY = ("reparameterized", "onnx", "simplified")
-PIXELS_ON_THE_WAY = 64 * 224 * 224
-"""Of the images on which graphs are compared that lead to the one that is built: float32 leaves no
-image to chance, and on 512 images of 224 x 224 these stages were two thirds of an export."""
 
 LOCALIZATION_IMAGES = 4
 """Rounding is found on one image; a few more reach channels that are seldom active."""
 
-Result = TypeVar("Result")
 FLOAT_STAGES = ("onnx", "simplified")
 UNQUANTIZED = "original without its quantizers"
 
@@ -64,10 +54,8 @@ class Judged:
 class Judge:
     """Holds the original's outputs and the ledger; refuses a stage that fails its gate.
 
-    With ``before`` it goes on where another judge of the same images stopped.
-
-    With a dynamic size the first batch is compared at the profile's smallest and largest size too,
-    rounded to whole pixels where a ``prologue`` will ask for such.
+    With ``before`` it goes on where another judge of the same images stopped. A network with a
+    ``prologue`` to come is shown whole pixels only.
     """
 
     def __init__(
@@ -80,25 +68,22 @@ class Judge:
         *,
         before: Judged | None = None,
     ) -> None:
-        self._images = images
-        self._prologue = prologue
+        self.images = JudgedImages(images, interface, spec.dynamic_size, prologue)
         self._spec = spec
         self._interface = interface
         self._class_names = source.class_names
         self._scored: list[tuple[StageResult, WorstImages]] = []
-        self._count = images.count
-        self._limit: int | None = None
         self._unquantized: Outputs | None = None
         if before is None:
             self.original = self._answers(source)
         else:
             self.original, found = before.original, before.verdicts
-            self._count, self._limit = found.count, found.limit
+            self.images.count, self.images.limit = found.count, found.limit
             self._scored = list(found.scored)
         self.labels: LabelArray | None = None
         if interface.num_classes is not None:
             labels = images.labels(source.class_names, interface.num_classes)
-            self.labels = labels if labels is None else labels[: self._count]
+            self.labels = labels if labels is None else labels[: self.images.count]
         logits = next(iter(self.original.values()))
         self.ledger = (
             before.verdicts.ledger
@@ -106,7 +91,7 @@ class Judge:
             else Ledger(
                 stages=(),
                 images=images.description,
-                image_count=self._count,
+                image_count=self.images.count,
                 original_top1=accuracy(logits, self.labels),
             )
         )
@@ -115,94 +100,32 @@ class Judge:
         """Run the network, and learn how many images there is room for."""
         trained = source.trained
         run = trained.run if trained else torch_runner(source.module, self._interface)
-        first = run(self.first_batch())
-        image_bytes = sum(values[:1].nbytes for values in first.values())
-        if self._count * image_bytes > MAX_OUTPUT_BYTES:
-            self._limit = max(1, MAX_OUTPUT_BYTES // (image_bytes * BATCH_SIZE))
-            self._count = sum(len(batch[0]) for batch in self._own_batches())
+        first = run(self.images.first_batch())
+        self.images.make_room(sum(values[:1].nbytes for values in first.values()))
         if trained is not None:
             # Its quantizers are hooks, which do not travel.
-            self._unquantized = outputs_of(trained.run_float, self.batches())
-            return outputs_of(run, self.batches())
-        return self._outputs(run)
-
-    def _outputs(self, run: Runner) -> Outputs:
-        return joined(self.in_parts(partial(outputs_of, run, own=self._own_sizes)))
-
-    @cached_property
-    def _own_sizes(self) -> Sizes:
-        return sizes_of(self.first_batch())
+            self._unquantized = outputs_of(trained.run_float, self.images.batches())
+            return outputs_of(run, self.images.batches())
+        return self.images.outputs(run)
 
     def judged(self) -> Judged:
         """What a new judge needs to go on from here; not for a network with trained quantizers."""
         verdicts = Verdicts(
-            ledger=self.ledger, count=self._count, limit=self._limit, scored=tuple(self._scored)
+            ledger=self.ledger,
+            count=self.images.count,
+            limit=self.images.limit,
+            scored=tuple(self._scored),
         )
         return Judged(original=self.original, verdicts=verdicts)
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What the user should know about the comparison."""
-        if self._count == self._images.count:
-            return ()
-        return (
-            f"parity is measured on the first {self._count} of {self._images.count} images, "
-            f"because the network's outputs are large",
-        )
-
-    def first_batch(self) -> Batch:
-        """A few of the images."""
-        return next(self._images.batches())
-
-    def batches(self) -> Iterator[Batch]:
-        """Everything that each stage is run on."""
-        yield from self._own_batches()
-        yield from self._further_batches()
-
-    def in_parts(self, work: Callable[[Iterator[Batch]], Result]) -> list[Result]:
-        """``work`` on :meth:`batches`, or on parts of them that follow one another.
-
-        ``work`` has to travel as :mod:`exporter.running.spread` says. Where not all images are
-        compared, outputs are so large that they had better stay in one process.
-        """
-        if self._limit is not None:
-            return [work(self.batches())]
-        found = self._images.in_parts(partial(_on_batches, work))
-        if self._further_sizes():
-            found.append(work(self._further_batches()))
-        return found
-
-    def _further_batches(self) -> Iterator[Batch]:
-        for sides in self._further_sizes():
-            yield self._resized(self.first_batch(), sides)
-
-    def _own_batches(self) -> Iterator[Batch]:
-        return islice(self._images.batches(), self._limit)
-
-    def samples(self, count: int) -> list[Batch]:
-        """The first ``count`` images, in each size."""
-        batch = tuple(array[:count] for array in self.first_batch())
-        return [batch, *(self._resized(batch, sides) for sides in self._further_sizes())]
-
-    def _resized(self, batch: Batch, sides: tuple[int, int]) -> Batch:
-        found = resized(batch, sides, self._interface)
-        return found if self._prologue is None else self._prologue.whole(found)
-
-    def _further_sizes(self) -> list[tuple[int, int]]:
-        size = self._spec.dynamic_size
-        if size is None:
-            return []
-        own = next(shape[2:] for shape in self._interface.example if len(shape) == 4)
-        ends = [(size.height[end], size.width[end]) for end in (0, 2)]
-        return [end for end in dict.fromkeys(ends) if end != own]
 
     def score(
         self, stage: str, run: Runner, gate: Gate | None = None, *, again: bool = False
     ) -> StageResult:
         """Run a stage on all images and hold its outputs against the original's.
 
-        A graph that only leads to the one that is built is run on the first of them, as many as
-        `PIXELS_ON_THE_WAY` allows. At fp32 the simplified graph does, until it is judged ``again``.
+        A graph that only leads to the one that is built is run on the first of them
+        (:meth:`JudgedImages.few_batches`). At fp32 the simplified graph does, until it is judged
+        ``again``.
 
         A network that was trained with quantizers has them in it; the float graphs are held against
         the same network without them.
@@ -211,9 +134,9 @@ class Judge:
         reference = self._unquantized if is_float and self._unquantized else self.original
         few = self._few_batches(stage, again=again)
         if few is None:
-            outputs, count = self._outputs(run), self._count
+            outputs, count = self.images.outputs(run), self.images.count
         else:
-            outputs, count = outputs_of(run, islice(self._images.batches(), few)), few * BATCH_SIZE
+            outputs, count = self.images.few_outputs(run, few), few * BATCH_SIZE
             reference = {name: values[:count] for name, values in reference.items()}
         result = parity.judge_outputs(
             stage,
@@ -232,15 +155,8 @@ class Judge:
         return result
 
     def _few_batches(self, stage: str, *, again: bool) -> int | None:
-        """Of the images, full ones, on which a stage is run; None: all."""
         is_built = again and stage == "simplified" and self._spec.precision is Precision.FP32
-        # With a free size neighbours may differ in size, and every size has outputs of its own.
-        if stage not in ON_THE_WAY or is_built or self._spec.dynamic_size is not None:
-            return None
-        shapes = [shape for shape in self._interface.example if len(shape) == 4]
-        pixels = sum(height * width for _, _, height, width in shapes)
-        few = max(1, PIXELS_ON_THE_WAY // (max(1, pixels) * BATCH_SIZE))
-        return few if shapes and few * BATCH_SIZE < self._count else None
+        return None if stage not in ON_THE_WAY or is_built else self.images.few_batches()
 
     def _worst_images(
         self, result: StageResult, reference: Outputs, outputs: Outputs, count: int
@@ -253,7 +169,7 @@ class Judge:
             result.stage,
             reference[name],
             outputs[name],
-            names=[self._images.name(index) for index in range(count)],
+            names=[self.images.images.name(index) for index in range(count)],
             labels=None if self.labels is None else self.labels[:count],
             class_names=self._class_names,
             classifier=self._interface.num_classes is not None,
@@ -283,7 +199,7 @@ class Judge:
         """Search ``graphs`` for the layer at fault; what is found is in the ledger too."""
         found: Localization | None = None
         # A graph may be right at one size and wrong at another.
-        for batch in self.samples(LOCALIZATION_IMAGES):
+        for batch in self.images.samples(LOCALIZATION_IMAGES):
             found = graphs.localize(stage, batch)
             if found is not None and found.first is not None:
                 break
@@ -337,9 +253,3 @@ class Judge:
     def skip(self, stage: str, reason: str) -> None:
         """Add a row for a stage that did not run."""
         self.ledger = self.ledger.with_stage(parity.not_run(stage, reason))
-
-
-def _on_batches(
-    work: Callable[[Iterator[Batch]], Result], images: ImageSet, _advance: Advance
-) -> Result:
-    return work(images.batches())

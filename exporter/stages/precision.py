@@ -291,4 +291,4 @@ def _as_asked(gate: Gate, spec: ExportSpec) -> Gate:
 
 def _magnitudes(model: onnx.ModelProto, judge: Judge) -> Mapping[str, float]:
     """Of every tensor that half may not hold, over all that is judged."""
-    return reduce(larger, judge.in_parts(partial(largest_magnitudes, model)))
+    return reduce(larger, judge.images.in_parts(partial(largest_magnitudes, model)))

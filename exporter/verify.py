@@ -43,7 +43,7 @@ def verify(
     wrong with it.
 
     Raises:
-        GateFailedError: if a file is missing or altered, or SHA256SUMS says otherwise.
+        GateFailedError: if a file is missing, altered or not listed, or SHA256SUMS says otherwise.
         EnvironmentLackError: if nothing beyond the hashes can be checked here.
     """
     require_intact(bundle)

@@ -138,8 +138,9 @@ def test_auto_falls_back_to_onnx_runtime_and_says_so(
         f"the engine does not run here: bundle {bundle.path} holds no engine yet; `repvgg-export "
         "build` makes one on the device"
     ) == found.note
-    (bundle.path / "model.engine").write_bytes(b"plan")
-    (bundle.path / "engine.json").write_text('{"backend": "tensorrt-rtx"}')
+    for name, content in (("model.engine", "plan"), ("engine.json", '{"backend": "tensorrt-rtx"}')):
+        (bundle.path / name).write_text(content)
+        bundle.manifest["files"][name] = {"sha256": file_sha256(bundle.path / name)}
     assert f"the engine does not run here: {NO_DRIVER}" == evaluate(bundle, data).note
     with pytest.raises(EnvironmentLackError) as refusal:
         evaluate(bundle, data, RunBackend.ENGINE)

@@ -293,7 +293,7 @@ def test_an_engine_that_was_put_into_a_signed_bundle_is_refused(
     assert 1 == main(["verify", str(bundle.path), "--public-key", PUBLIC.splitlines()[1]])
     assert (
         f"repvgg-export: bundle {bundle.path}: model.engine not among the files that the manifest "
-        "lists, and no part of the bundle; remove it\n"
+        "lists, and no part of the bundle; move it elsewhere\n"
     ) == capsys.readouterr().err
 
 

@@ -343,6 +343,23 @@ def test_a_damaged_file_is_named_by_every_command(refused: Refused, bundle: Path
     ) == refused([command, str(bundle), *options])
 
 
+def test_a_build_tells_which_files_are_still_those_of_the_export(bundle: Path, monkeypatch, capsys):
+    """They say that the engine did not run; no note when quiet."""
+
+    def build(opened: files.Bundle, **_: object) -> files.Bundle:
+        (opened.path / files.ENGINE_SUMMARY).write_text('{"warnings": []}')
+        return opened
+
+    monkeypatch.setattr("exporter.device.build_engine", build)
+    assert 0 == main(["build", str(bundle), "--json"])
+    assert (
+        "note: report.html, parity.json and junit.xml are still those of the export; "
+        "`repvgg-export verify` judges the new engine\n"
+    ) == capsys.readouterr().err
+    assert 0 == main(["build", str(bundle), "--json", "--quiet"])
+    assert "" == capsys.readouterr().err
+
+
 def test_verify_says_what_it_knows_of_the_signature(bundle: Path, tmp_path: Path, capsys):
     """None, there but not checked, checked; in words and for programs."""
     pair = minisign.KeyPair.generate()

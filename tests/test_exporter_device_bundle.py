@@ -264,7 +264,7 @@ def test_a_file_that_the_manifest_does_not_list_is_refused(tmp_path: Path, name:
             act(bundle)
         assert (
             f"bundle {bundle.path}: {name} not among the files that the manifest lists, and no "
-            "part of the bundle; remove it"
+            "part of the bundle; move it elsewhere"
         ) == str(refusal.value)
 
 

@@ -122,7 +122,7 @@ def _run_verify(options: argparse.Namespace) -> int:
 
 
 def _run_build(options: argparse.Namespace) -> int:
-    from exporter.bundle import ENGINE_SUMMARY, Bundle
+    from exporter.bundle import ENGINE_SUMMARY, JUNIT, PARITY, REPORT, Bundle
     from exporter.bundle.signature import is_signed
     from exporter.commands.device_tables import engine_table
     from exporter.device import build_engine, options_for
@@ -142,6 +142,8 @@ def _run_build(options: argparse.Namespace) -> int:
             options=build_options,
             progress=lambda _phase, fraction: progress("engine", fraction),
         )
+    evidence = f"{REPORT}, {PARITY} and {JUNIT} are still those of the export"
+    _say(f"{evidence}; `repvgg-export verify` judges the new engine", options)
     if was_signed:
         _say("the bundle is no longer signed: `repvgg-export sign` signs it as it is now", options)
     engine = json.loads((built.path / ENGINE_SUMMARY).read_text("utf-8"))

@@ -78,7 +78,7 @@ def require_intact(bundle: Bundle) -> None:
     if unlisted:
         raise GateFailedError(
             f"bundle {bundle.path}: {', '.join(unlisted)} not among the files that the manifest "
-            "lists, and no part of the bundle; remove it"
+            "lists, and no part of the bundle; move it elsewhere"
         )
 
 

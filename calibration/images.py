@@ -200,6 +200,11 @@ class ImageFolder:
         parts = [path.relative_to(self.root).parts for path in self.files]
         return tuple(p[0] for p in parts) if all(len(p) > 1 for p in parts) else None
 
+    def names_sha256(self) -> str:
+        """Hash of the relative names of all files, in order; none of them is read."""
+        names = (os.fsencode(path.relative_to(self.root).as_posix()) for path in self.files)
+        return hashlib.sha256(b"\0".join(names)).hexdigest()
+
     def sha256(self) -> str:
         """Hash of the relative names and contents of all files, in order.
 

@@ -217,7 +217,7 @@ def print_table(table: Table) -> None:
 
     class Pipe(Console):
         def on_broken_pipe(self) -> None:
-            """Leave it to the command line: rich itself would end the program with exit code 1."""
+            """Leave it to the stream: rich itself would end the program with exit code 1."""
             raise BrokenPipeError
 
         def render_str(self, text: str, **more: Any) -> Text:
@@ -230,4 +230,5 @@ def print_table(table: Table) -> None:
         Pipe(file=plain, width=_WIDTH, highlight=False, color_system=None).print(table)
         own.record("result", plain.getvalue())
     known = own.out.isatty() or "COLUMNS" in os.environ
-    Pipe(file=own.out, width=None if known else _WIDTH, highlight=False).print(table)
+    with own.writing() as out:
+        Pipe(file=out, width=None if known else _WIDTH, highlight=False).print(table)

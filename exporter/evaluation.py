@@ -91,6 +91,8 @@ def evaluate(
         confusion=dict(counts.confusion),
         top5_correct=counts.top5,
         skipped=reader.skipped,
+        folder_images=len(images.files),
+        folder_names_sha256=images.names_sha256(),
         shards=(shard,),
         seconds=seconds,
         note=runner.remarks,

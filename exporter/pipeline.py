@@ -137,11 +137,12 @@ def run(
                 half_scales=decision.emulated,
                 seconds={**draft.seconds, **clock.seconds},
             )
+    replaced = [f"replaced {out}, which held {' and '.join(writer.lost)}"] if writer.lost else []
     return ExportResult(
         bundle=published,
         ledger=ledger,
         engine=engine.to_json(),
-        notes=(*draft.notes, *engine.notes, *stages.notes),
+        notes=(*draft.notes, *engine.notes, *stages.notes, *replaced),
         seconds=clock.seconds,
         stages=tuple(stages.uses),
     )

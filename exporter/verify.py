@@ -21,7 +21,7 @@ from exporter.device import (
     output_names,
     require_intact,
 )
-from exporter.errors import EnvironmentLackError, GateFailedError, InputError
+from exporter.errors import EnvironmentLackError, ExporterError, GateFailedError, InputError
 from exporter.parity import ORIGINAL, Gate, StageResult
 from exporter.parity.ledger import Ledger
 from exporter.running.onnx_runner import Batch, OnnxRunner, Outputs
@@ -43,7 +43,7 @@ def verify(
     wrong with it.
 
     Raises:
-        GateFailedError: if a file is missing or altered, or SHA256SUMS says otherwise.
+        GateFailedError: if a file is missing, altered or not listed, or SHA256SUMS says otherwise.
         EnvironmentLackError: if nothing beyond the hashes can be checked here.
     """
     require_intact(bundle)
@@ -72,6 +72,23 @@ def verify(
         images="the bundle's reference inputs",
         image_count=len(judge.batch[0]),
     )
+
+
+def shortfall(bundle: Bundle, ledger: Ledger, *, require_engine: bool) -> ExporterError | None:
+    """Why ``ledger`` is less than what is demanded: the first failed stage, or an engine not run.
+
+    A failed stage comes first, because no other machine would make it good.
+    """
+    for stage in ledger.stages:
+        if stage.status == "fail":
+            return GateFailedError(f"bundle {bundle.path}: stage {stage.stage}: {stage.reason}")
+    engine = ledger.stages[-1]
+    if require_engine and engine.status == "not_run":
+        return EnvironmentLackError(
+            f"bundle {bundle.path}: the engine was not run, which --require-engine demands: "
+            f"{engine.reason}"
+        )
+    return None
 
 
 def _require_same_checksums(bundle: Bundle) -> None:

@@ -40,6 +40,10 @@ MEASUREMENTS = {
     "python examples/train_digits_a0.py --out /tmp/digits": "examples/train_digits_a0.py",
 }
 """Take many minutes; the script that they run."""
+BY_TESTS = {
+    ".venv/bin/python -m hatchling build -t wheel -d dist": "tests/test_system_device_half.py",
+}
+"""Need the whole repository; the test that does the same in it."""
 REFUSED = {
     "make gpu-test": (2, "no NVIDIA driver on this machine (libcuda.so.1 does not load)"),
     "repvgg-export matrix matrix.toml --ray head:6379 --out build/cluster": (
@@ -163,7 +167,7 @@ def test_every_command_is_one(command):
             build_parser().parse_args(words)
     script = MEASUREMENTS.get(command) or next(iter(re.findall(r"^python (\S+)", command)), None)
     assert script is None or (ROOT / script).is_file()
-    assert lines or script or command in BY_CI | REFUSED.keys() | FOREIGN.keys()
+    assert lines or script or command in BY_CI.union(REFUSED, FOREIGN, BY_TESTS)
 
 
 def test_every_command_and_option_that_a_sentence_names_exists():
@@ -180,10 +184,12 @@ def test_every_command_and_option_that_a_sentence_names_exists():
 
 def test_no_table_outlives_its_command():
     """Each exception is still shown by a page, and CI runs what it is said to run."""
-    tables = (MEASUREMENTS, REFUSED, SAYS, FOREIGN)
+    tables = (MEASUREMENTS, REFUSED, SAYS, FOREIGN, BY_TESTS)
     assert BY_CI.union(*tables) <= FIRST_PAGE.keys()
     assert BY_CI <= set((ROOT / ".ci" / "run").read_text().splitlines())
     assert PRELUDES.keys() <= set(PAGES)
+    for command, test in BY_TESTS.items():
+        assert str(command.split()[1:5])[1:-1].replace("'", '"') in (ROOT / test).read_text("utf-8")
 
 
 @pytest.mark.parametrize("page", ["docs/ci.md"])
@@ -272,7 +278,7 @@ def run(arguments: list[str], home: Path) -> subprocess.CompletedProcess[str]:
 def test_the_pages_commands_run(page, place):
     """From top to bottom, as they stand: exit code 0, or what `REFUSED` says."""
     for command in (each for each, first in FIRST_PAGE.items() if first == page):
-        if command in BY_CI | MEASUREMENTS.keys():
+        if command in BY_CI.union(MEASUREMENTS, BY_TESTS):
             continue
         if None in map(shutil.which, FOREIGN.get(command, ())):
             continue

@@ -22,6 +22,7 @@ import pytest
 
 from exporter.bundle import (
     CHECKSUMS,
+    ENGINE,
     MANIFEST,
     MODEL,
     PARITY,
@@ -125,6 +126,50 @@ class TestPublishing:
         publish(tmp_path / "out")
         assert "new" == state(tmp_path / "out")
         assert [tmp_path / "out"] == list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize(
+        ("old", "new", "lost"),
+        [
+            (["sm86", "sm87"], None, ("an engine for sm86, sm87",)),
+            (["sm86", "sm89"], ["sm89"], ("an engine for sm86",)),
+            (["sm86"], ["sm86", "sm89"], ()),
+            (None, ["sm86"], ()),
+        ],
+    )
+    def test_what_the_old_bundle_held_and_the_new_has_not_is_known(
+        self, tmp_path: Path, old: list[str] | None, new: list[str] | None, lost: tuple[str, ...]
+    ) -> None:
+        """Engines for targets; a bundle whose engine waits has targets, but none of them built."""
+        found = ()
+        for targets in (old, new):
+            with BundleWriter(tmp_path / "out") as writer:
+                fill(writer, "new")
+                if targets is not None:
+                    writer.path(ENGINE).write_bytes(b"plan")
+                writer.publish({**manifest(), "targets": ["sm90"] if targets is None else targets})
+                found = writer.lost
+        assert lost == found
+
+    def test_a_signature_that_the_new_bundle_has_not_is_lost(self, tmp_path: Path) -> None:
+        """Signed again, or never signed, nothing is; where there is no old bundle, nothing can."""
+        losses = []
+        for signer in (lambda *_: b"s", lambda *_: b"t", None, None):
+            with BundleWriter(tmp_path / "out", signer) as writer:
+                fill(writer, "new")
+                writer.publish(manifest())
+                losses.append(writer.lost)
+        assert [(), (), ("a signature",), ()] == losses
+
+    def test_an_old_bundle_that_cannot_be_read_is_replaced_all_the_same(
+        self, tmp_path: Path
+    ) -> None:
+        """Nothing is said of it."""
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / MANIFEST).write_text("{")
+        with BundleWriter(tmp_path / "out") as writer:
+            fill(writer, "new")
+            writer.publish(manifest())
+        assert ((), "new") == (writer.lost, state(tmp_path / "out"))
 
     def test_an_empty_folder_is_filled(self, tmp_path: Path) -> None:
         """An existing empty folder is as good as none."""

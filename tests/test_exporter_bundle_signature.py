@@ -15,7 +15,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from exporter.bundle import CHECKSUMS, MANIFEST, PARITY, SIGNED, UNLISTED, Bundle, signature_path
+from exporter.bundle import (
+    CHECKSUMS,
+    ENGINE,
+    MANIFEST,
+    PARITY,
+    SIGNED,
+    UNLISTED,
+    Bundle,
+    signature_path,
+)
 from exporter.bundle.signature import PASSWORD_VARIABLE, check_signature, is_signed, open_signer
 from exporter.bundle.writer import BundleWriter
 from exporter.cli import main
@@ -273,6 +282,19 @@ def test_the_namesake_of_the_library_is_told_from_it(bundle: Bundle, monkeypatch
     monkeypatch.delattr(minisign, "SecretKey")
     with pytest.raises(EnvironmentLackError, match="is not py-minisign"):
         check_signature(bundle.path, PUBLIC.splitlines()[1])
+
+
+def test_an_engine_that_was_put_into_a_signed_bundle_is_refused(
+    bundle: Bundle, secret: Path, tmp_path: Path, capsys
+):
+    """The signature is right, and says nothing of the file: exit code 1."""
+    sign_bundle(bundle, open_signer(secret, nobody))
+    (bundle.path / ENGINE).write_bytes(b"garbage")
+    assert 1 == main(["verify", str(bundle.path), "--public-key", PUBLIC.splitlines()[1]])
+    assert (
+        f"repvgg-export: bundle {bundle.path}: model.engine not among the files that the manifest "
+        "lists, and no part of the bundle; move it elsewhere\n"
+    ) == capsys.readouterr().err
 
 
 def test_nothing_strange_is_lost_or_signed(bundle: Bundle, secret: Path):

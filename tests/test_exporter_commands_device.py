@@ -265,6 +265,51 @@ def test_a_stage_that_fails_is_the_first_named(refused: Refused, bundle: Path, m
     assert sentence == f"bundle {bundle}: stage simplified: SQNR is 0.0 dB, required 20 dB"
 
 
+def test_a_stage_that_fails_is_one_object_for_programs(bundle: Path, monkeypatch, capsys):
+    """What is wrong stands beside what was measured, and on standard error."""
+    monkeypatch.setattr(
+        "exporter.verify.OnnxRunner.run", lambda _self, batch: {"logits": np.zeros_like(batch[0])}
+    )
+    assert 1 == main(["verify", str(bundle), "--json"])
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    sentence = f"bundle {bundle}: stage simplified: SQNR is 0.0 dB, required 20 dB"
+    assert (sentence, 1) == (found["error"], found["exit_code"])
+    assert "fail" == found["parity"]["verdict"]
+    assert f"repvgg-export: {sentence}\n" == printed.err
+
+
+def test_an_engine_that_must_run_and_does_not_is_a_lack(refused: Refused, bundle: Path, capsys):
+    """Exit code 3 with the reason of its row, after the table; without the option that is 0."""
+    assert 0 == main(["verify", str(bundle)])
+    sentence = (
+        f"bundle {bundle}: the engine was not run, which --require-engine demands: bundle {bundle} "
+        "holds no engine yet; `repvgg-export build` makes one on the device"
+    )
+    assert (3, sentence) == refused(["verify", str(bundle), "--require-engine"])
+    assert 3 == main(["verify", str(bundle), "--require-engine", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert (sentence, 3) == (found["error"], found["exit_code"])
+    assert "not_run" == found["parity"]["stages"][-1]["status"]
+
+
+@pytest.mark.usefixtures("engine")
+def test_an_engine_that_must_run_and_does_is_all_that_was_demanded(bundle: Path):
+    assert 0 == main(["verify", str(bundle), "--require-engine"])
+
+
+def test_a_failed_stage_comes_before_an_engine_that_did_not_run(
+    refused: Refused, bundle: Path, monkeypatch
+):
+    """Another machine would not make it good: exit code 1."""
+    monkeypatch.setattr(
+        "exporter.verify.OnnxRunner.run", lambda _self, batch: {"logits": np.zeros_like(batch[0])}
+    )
+    code, sentence = refused(["verify", str(bundle), "--require-engine"])
+    assert 1 == code
+    assert "stage simplified" in sentence
+
+
 def test_a_machine_that_runs_nothing_verifies_nothing(refused: Refused, bundle: Path, monkeypatch):
     """Intact files alone are no verdict: exit code 3, each reason once."""
 
@@ -296,6 +341,23 @@ def test_a_damaged_file_is_named_by_every_command(refused: Refused, bundle: Path
         1,
         f"bundle {bundle}: model.onnx missing or not what the manifest says",
     ) == refused([command, str(bundle), *options])
+
+
+def test_a_build_tells_which_files_are_still_those_of_the_export(bundle: Path, monkeypatch, capsys):
+    """They say that the engine did not run; no note when quiet."""
+
+    def build(opened: files.Bundle, **_: object) -> files.Bundle:
+        (opened.path / files.ENGINE_SUMMARY).write_text('{"warnings": []}')
+        return opened
+
+    monkeypatch.setattr("exporter.device.build_engine", build)
+    assert 0 == main(["build", str(bundle), "--json"])
+    assert (
+        "note: report.html, parity.json and junit.xml are still those of the export; "
+        "`repvgg-export verify` judges the new engine\n"
+    ) == capsys.readouterr().err
+    assert 0 == main(["build", str(bundle), "--json", "--quiet"])
+    assert "" == capsys.readouterr().err
 
 
 def test_verify_says_what_it_knows_of_the_signature(bundle: Path, tmp_path: Path, capsys):

@@ -31,6 +31,8 @@ def evaluation(answers: list[tuple[int, int, bool]], shard: Shard = Shard()) -> 
         class_names=NAMES,
         confusion=Counter((true, predicted) for true, predicted, _ in answers),
         top5_correct=sum(top for *_, top in answers),
+        folder_images=60,
+        folder_names_sha256="ff",
         shards=(shard,),
         seconds=2.0,
     )
@@ -118,6 +120,46 @@ def test_evaluations_of_different_bundles_are_not_added():
         "these evaluations do not belong together: their bundle_sha256 differ (d 1/2, d 2/2)"
         == str(refusal.value)
     )
+
+
+@pytest.mark.parametrize(
+    ("folder", "sentence"),
+    [
+        (
+            {"folder_images": 61},
+            "these evaluations do not belong together: their numbers of images in the folder "
+            "differ (d 1/2, e 2/2)",
+        ),
+        (
+            {"folder_names_sha256": "fe"},
+            "these evaluations do not belong together: their names of images in the folder differ "
+            "(d 1/2, e 2/2)",
+        ),
+        (
+            {"folder_images": None, "folder_names_sha256": None},
+            "evaluation e 2/2 is of an older version, which did not record what images the folder "
+            "held; evaluate it again",
+        ),
+    ],
+)
+def test_shards_of_different_folders_are_not_added(folder, sentence: str):
+    """Whatever their paths are: machines have the same images at different places."""
+    one, other = (evaluation([(0, 0, True)], Shard(index, 2)) for index in (1, 2))
+    elsewhere = replace(other, data="e")
+    assert 2 == merge([one, elsewhere]).images
+    with pytest.raises(InputError) as refusal:
+        merge([one, replace(elsewhere, **folder)])
+    assert sentence == str(refusal.value)
+
+
+def test_results_of_older_versions_are_added_among_themselves():
+    """They do not say what their folder held; their JSON has no such keys."""
+    parts = []
+    for index in (1, 2):
+        content = evaluation([(0, 0, True)], Shard(index, 2)).to_json()
+        del content["folder_images"], content["folder_names_sha256"]
+        parts.append(Evaluation.from_json(content))
+    assert (2, None) == (merge(parts).images, merge(parts).folder_images)
 
 
 @pytest.mark.parametrize("text", ["2", "0/3", "4/3", "a/b", "1/2/3", "-1/2", "1/0"])

@@ -252,6 +252,34 @@ def test_a_flipped_byte_is_refused_with_the_file(tmp_path: Path):
         )
 
 
+@pytest.mark.parametrize("name", [files.ENGINE, files.CALIBRATION_CACHE, "model.int8.onnx"])
+def test_a_file_that_the_manifest_does_not_list_is_refused(tmp_path: Path, name: str):
+    """A name of the bundle's own makes nothing its own; other strangers nobody reads."""
+    bundle = publish(tmp_path / "b", engine=None)
+    (bundle.path / "notes.txt").write_text("mine")
+    assert "pass" == verify(bundle).verdict
+    (bundle.path / name).write_bytes(b"garbage")
+    for act in (verify, build_engine):
+        with pytest.raises(GateFailedError) as refusal:
+            act(bundle)
+        assert (
+            f"bundle {bundle.path}: {name} not among the files that the manifest lists, and no "
+            "part of the bundle; move it elsewhere"
+        ) == str(refusal.value)
+
+
+def test_an_engine_that_the_manifest_does_not_list_is_not_loaded(tmp_path: Path):
+    """Whoever runs a bundle without checking its files deserializes nothing that was added."""
+    bundle = publish(tmp_path / "b", engine=None)
+    (bundle.path / files.ENGINE).write_bytes(b"garbage")
+    (bundle.path / files.ENGINE_SUMMARY).write_text('{"backend": "tensorrt-rtx"}')
+    with (
+        pytest.raises(EnvironmentLackError, match="holds no engine yet"),
+        open_runner(bundle, RunBackend.ENGINE),
+    ):
+        pass
+
+
 def test_memory_and_engine_are_closed_when_the_runner_is(tmp_path: Path, monkeypatch):
     """The engine lets go before the memory does, also after an error; short batches are filled."""
     log: list[str] = []

@@ -270,7 +270,7 @@ def test_an_engine_of_nobody_is_refused(tmp_path: Path, content: str, words: str
     """engine.json must say who made it; exit code 2, also where ONNX Runtime could step in."""
     (tmp_path / ENGINE).write_bytes(b"plan")
     (tmp_path / ENGINE_SUMMARY).write_text(content)
-    bundle = Bundle(path=tmp_path, manifest={}, parity={})
+    bundle = Bundle(path=tmp_path, manifest={"files": {ENGINE: {}}}, parity={})
     with pytest.raises(InputError) as caught, open_runner(bundle, RunBackend.AUTO):
         pass
     assert f"bundle {tmp_path}: engine.json does not say who made the engine ({words})" == str(

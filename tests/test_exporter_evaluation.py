@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,21 @@ def test_shards_of_a_folder_merge_to_the_folder(bundle: Bundle, data: Path, part
     assert without_time(whole) == dataclasses.replace(merged, shards=whole.shards)
 
 
+def test_a_part_says_what_the_whole_folder_holds(bundle: Bundle, data: Path, tmp_path: Path):
+    """Number and relative names, whatever the shard and wherever the folder lies."""
+    first, second = (Shard(index, 2) for index in (1, 2))
+    part = evaluate(bundle, data, RunBackend.ONNXRUNTIME, shard=first)
+    copy = shutil.copytree(data, tmp_path / "elsewhere" / "data")
+    assert 13 == part.folder_images == evaluate(bundle, data).folder_images
+    assert 13 == merge([part, evaluate(bundle, copy, shard=second)]).images
+    (copy / "red" / "red6.png").rename(copy / "red" / "red7.png")
+    with pytest.raises(InputError, match="their names of images in the folder differ"):
+        merge([part, evaluate(bundle, copy, shard=second)])
+    (copy / "red" / "red7.png").unlink()
+    with pytest.raises(InputError, match="their numbers of images in the folder differ"):
+        merge([part, evaluate(bundle, copy, shard=second)])
+
+
 @pytest.mark.parametrize("layout", Layout)
 def test_a_network_that_takes_pixels_is_fed_pixels(
     bundle: Bundle, data: Path, tmp_path: Path, layout: Layout
@@ -138,8 +154,9 @@ def test_auto_falls_back_to_onnx_runtime_and_says_so(
         f"the engine does not run here: bundle {bundle.path} holds no engine yet; `repvgg-export "
         "build` makes one on the device"
     ) == found.note
-    (bundle.path / "model.engine").write_bytes(b"plan")
-    (bundle.path / "engine.json").write_text('{"backend": "tensorrt-rtx"}')
+    for name, content in (("model.engine", "plan"), ("engine.json", '{"backend": "tensorrt-rtx"}')):
+        (bundle.path / name).write_text(content)
+        bundle.manifest["files"][name] = {"sha256": file_sha256(bundle.path / name)}
     assert f"the engine does not run here: {NO_DRIVER}" == evaluate(bundle, data).note
     with pytest.raises(EnvironmentLackError) as refusal:
         evaluate(bundle, data, RunBackend.ENGINE)

@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from exporter.bundle import MODEL, REFERENCE, Bundle
+from exporter.bundle import MODEL, REFERENCE, Bundle, file_sha256
 from exporter.device import RunBackend, runners
 from exporter.device.timing import ROUNDS, Effort
 from exporter.engine import driver
@@ -35,7 +35,8 @@ def small_bundle(path: Path, batch: str = "1:2:20") -> Bundle:
     onnx.save(model, path / MODEL)
     images = np.arange(5 * 3 * 16, dtype=np.float32).reshape(5, 3, 4, 4)
     np.savez(path / REFERENCE, images=images, logits=images)
-    manifest = {"spec": {"precision": "fp32", "batch": batch}, "files": {}}
+    files = {name: {"sha256": file_sha256(path / name)} for name in (MODEL, REFERENCE)}
+    manifest = {"spec": {"precision": "fp32", "batch": batch}, "files": files}
     return Bundle(path=path, manifest=manifest, parity={"stages": []})
 
 

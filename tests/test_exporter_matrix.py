@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exporter.bundle import MANIFEST
+from exporter.bundle import ENGINE, MANIFEST
 from exporter.cases import CaseResult, Status
 from exporter.errors import InputError
 from exporter.matrix import Cell, MatrixState, index_page, read_matrix, run_cells
@@ -244,8 +244,8 @@ def published(folder: Path, name: str) -> Cell:
 
 
 def test_a_rerun_keeps_what_passed_and_is_whole(tmp_path: Path) -> None:
-    """Not what failed, changed, is damaged, lies in another's place, or is new in the file."""
-    names = ("whole", "damaged", "changed", "failed", "other")
+    """Not what failed, changed, is damaged or added to, lies in another's place, or is new."""
+    names = ("whole", "damaged", "changed", "failed", "other", "added")
     cells = [published(tmp_path, name) for name in names]
     state = MatrixState.resume(tmp_path, cells)
     assert tuple(cells) == state.missing
@@ -254,12 +254,14 @@ def test_a_rerun_keeps_what_passed_and_is_whole(tmp_path: Path) -> None:
     failed = replace(result("failed"), status=Status.FAIL, exit_code=1, message="12.0 dB")
     state.record(cells[3], failed)
     (tmp_path / "damaged" / "parity.json").write_text("{}")
+    (tmp_path / "added" / ENGINE).write_bytes(b"garbage")
     other = tmp_path / "other" / MANIFEST
     other.write_text(other.read_text().replace('"fp32"', '"int8"'))
     cells[2] = replace(cells[2], request=replace(cells[2].request, batch="4"))
     again = MatrixState.resume(tmp_path, [*cells, cell("new")])
     assert {"whole"} == again.kept
-    assert ["damaged", "changed", "failed", "other", "new"] == [cell.name for cell in again.missing]
+    missing = ["damaged", "changed", "failed", "other", "added", "new"]
+    assert missing == [cell.name for cell in again.missing]
     assert state.results["whole"] == again.results["whole"]
 
 

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import pty
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exporter.errors import InputError
-from exporter.terminal import Streams, opened, sentence, streams, visible
+from exporter.terminal import Streams, opened, progress, progress_bars, sentence, streams, visible
 from exporter.terminal.progress import EVERY_S, _Lines, moves_its_cursor
 from exporter.terminal.run_log import RunLog
 
@@ -273,3 +274,61 @@ def test_a_reader_that_leaves_is_no_failure():
     )
     os.close(write)
     assert (0, "") == (done.returncode, done.stderr)
+
+
+ENDINGS = """
+from rich.table import Table
+from exporter.console import print_json, print_line, print_note, print_table
+from exporter.errors import GateFailedError, InputError
+from exporter.terminal import progress_bars
+"""
+
+
+def ending_unread(statements: str, stream: str) -> subprocess.CompletedProcess[str]:
+    """`completion bash` that ends by ``statements``, while nobody reads its ``stream``."""
+    program = ENDINGS + NOISE.replace("return real(options)", statements)
+    read, write = os.pipe()
+    os.close(read)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: write}
+    done = subprocess.run(
+        [sys.executable, "-c", program, "completion", "bash"], text=True, check=False, **streams
+    )
+    os.close(write)
+    return done
+
+
+@pytest.mark.parametrize(
+    ("statements", "code", "sentence"),
+    [
+        ("print_table(Table('a')); return 1", 1, ""),
+        ("print_line('a' * 10**6); return 1", 1, ""),
+        ("print_json({}); return 1", 1, ""),
+        ("print_table(Table('a')); raise GateFailedError('12 dB')", 1, "repvgg-export: 12 dB\n"),
+        ("print_line('a' * 10**6); raise InputError('bad')", 2, "repvgg-export: bad\n"),
+        ("print_table(Table('a')); print_line('a'); print_note('on'); return 0", 0, "on\n"),
+    ],
+)
+def test_a_reader_that_leaves_changes_no_exit_code(statements: str, code: int, sentence: str):
+    """What is printed is lost, and the command goes on to what it has to say: a gate failed."""
+    done = ending_unread(statements, "stdout")
+    assert (code, sentence) == (done.returncode, done.stderr)
+
+
+@pytest.mark.parametrize("statement", ["print_note('a')", "progress('load', 0.0)"])
+def test_work_goes_on_when_nobody_reads_what_is_told_meanwhile(statement: str):
+    """An export that has run for an hour does not end at the next line of its progress."""
+    work = f"with progress_bars(quiet=False) as progress: {statement}; progress('draft', 0.0)"
+    done = ending_unread(f"{work}\n    print_line('made'); return 0", "stderr")
+    assert (0, "made\n") == (done.returncode, done.stdout)
+
+
+def test_work_goes_on_when_the_terminal_of_its_bars_has_gone(monkeypatch):
+    """A window that was closed under a command which ignores its hang-up."""
+    monkeypatch.setenv("TERM", "xterm")
+    own, other = pty.openpty()
+    with open(other, "w") as err, opened(quiet=False, debug=False, log_file=None):  # noqa: PTH123
+        monkeypatch.setattr(progress, "streams", lambda: Streams(out=io.StringIO(), err=err))
+        with progress_bars(quiet=False) as bars:
+            bars("load", 0.5)
+            os.close(own)
+            bars("draft", 0.5)

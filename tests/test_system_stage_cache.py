@@ -110,6 +110,17 @@ def test_another_target_builds_the_engine_only(exports: Exports) -> None:
     assert ["sm89"] == json.loads((second / "manifest.json").read_text())["targets"]
 
 
+def test_an_export_tells_what_the_bundle_that_it_replaced_held(exports: Exports) -> None:
+    """An engine was built, the new one waits for its device; nothing is told of less."""
+    told = []
+    for target in ("sm86", "orin", "orin"):
+        result = exports.run(*EXPORT, "--out", "again", "--target", target)
+        told.append([note for note in result["notes"] if note.startswith("replaced")])
+    out = exports.root / "again"
+    assert [[], ["replaced again, which held an engine for sm86"], []] == told
+    assert "replaced" not in (out / "manifest.json").read_text()
+
+
 def test_a_repeated_export_is_the_same_bundle(exports: Exports) -> None:
     """Engine included; only the report tells other times of the engine and of publishing."""
     exports.export("first", "--target", "sm86")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,14 @@ SIGNED = (MANIFEST, CHECKSUMS)
 _SIGNATURE = ".minisig"
 UNLISTED = frozenset({*SIGNED, *(f"{name}{_SIGNATURE}" for name in SIGNED)})
 """Files of a bundle that its manifest cannot list, because they are made from it."""
+
+_LISTED = frozenset(
+    {
+        MODEL, ENGINE, ENGINE_SUMMARY, PARITY, REFERENCE, CALIBRATION, CALIBRATION_CACHE, BUILD_LOG,
+        JUNIT, REPORT, SBOM,
+    }
+)  # fmt: skip
+_GRAPH = re.compile(r"model\.\w+\.onnx")
 
 _MOST_ARRAY_BYTES = 512 << 20
 """Of the reference inputs and outputs together; a few images are a hundredth of it."""
@@ -135,6 +144,15 @@ class Bundle:
             for name, entry in self.manifest["files"].items()
             if not (self.path / name).is_file() or file_sha256(self.path / name) != entry["sha256"]
         )
+
+    def unlisted_files(self) -> tuple[str, ...]:
+        """Files with names of a bundle's own that the manifest knows nothing of.
+
+        They would be taken for the bundle's; whatever else lies in the folder nobody reads.
+        """
+        listed = self.manifest["files"]
+        names = sorted(path.name for path in self.path.iterdir() if path.name not in listed)
+        return tuple(name for name in names if name in _LISTED or _GRAPH.fullmatch(name))
 
     @property
     def checksums(self) -> str:

@@ -1,7 +1,8 @@
 """Detached signatures that minisign makes and checks too: Ed25519, by py-minisign.
 
 The manifest is signed, and SHA256SUMS for machines without Python. Between them they have the
-sha256 of every other file, so that nothing in a signed bundle can change unseen.
+sha256 of every other file, and a file that they do not list is not taken for the bundle's: nothing
+in a signed bundle can change unseen.
 """
 
 from __future__ import annotations

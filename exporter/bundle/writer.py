@@ -17,6 +17,7 @@ from typing import Any
 
 from exporter.bundle import (
     CHECKSUMS,
+    ENGINE,
     MANIFEST,
     SCHEMA_VERSION,
     SIGNED,
@@ -41,7 +42,8 @@ class BundleWriter:
 
     Used as a context manager: leaving it without publishing removes everything written, entering
     it removes what killed runs left. Two writers of the same ``out`` do not disturb each other; the
-    last to publish wins. With a ``signer`` the bundle is published with its signatures.
+    last to publish wins. With a ``signer`` the bundle is published with its signatures. After
+    :meth:`publish`, ``lost`` is what the bundle that lay there held and the new one has not.
 
     Raises:
         InputError: if ``out`` cannot be written or holds something that is no bundle; when the
@@ -51,6 +53,7 @@ class BundleWriter:
     def __init__(self, out: Path, signer: Signer | None = None) -> None:
         self._out = out
         self._signer = signer
+        self.lost: tuple[str, ...] = ()
         self._staging: Path | None = None
         self._folder = ExitStack()
 
@@ -113,6 +116,7 @@ class BundleWriter:
         bundle = replace(Bundle.read(staging), path=self._out)
         # Again: the run may have taken hours.
         _require_replaceable(self._out)
+        self.lost = _lost(self._out, staging)
         put_in_place(staging, self._out, staging.parent / OLD)
         return bundle
 
@@ -149,6 +153,29 @@ def _require_replaceable(out: Path) -> None:
         return
     if not (out.is_dir() and ((out / MANIFEST).is_file() or not any(out.iterdir()))):
         raise InputError(f"OUT {out} exists and is no bundle; name a new folder or remove it first")
+
+
+def _lost(old: Path, new: Path) -> tuple[str, ...]:
+    """What the bundle in the folder ``old``, if it is one, holds and that in ``new`` does not."""
+    try:
+        before, after = Bundle.read(old), Bundle.read(new)
+    except InputError:
+        return ()
+    lost = []
+    missing = [target for target in _built_for(before) if target not in _built_for(after)]
+    if missing:
+        lost.append(f"an engine for {', '.join(missing)}")
+    if signature_path(old / MANIFEST).is_file() and not signature_path(new / MANIFEST).is_file():
+        lost.append("a signature")
+    return tuple(lost)
+
+
+def _built_for(bundle: Bundle) -> tuple[str, ...]:
+    """The targets of the bundle's engine; none where that waits for its device."""
+    targets = bundle.manifest.get("targets")
+    if ENGINE not in bundle.manifest["files"] or not isinstance(targets, list):
+        return ()
+    return tuple(map(str, targets))
 
 
 def _remove_if_empty(folder: Path) -> None:

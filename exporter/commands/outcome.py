@@ -19,7 +19,6 @@ from exporter import __version__
 from exporter.commands.argument_parser import UsageError
 from exporter.console import print_json, print_ledger
 from exporter.errors import (
-    EXIT_DONE,
     EXIT_INTERRUPTED,
     EnvironmentLackError,
     ExporterError,
@@ -59,14 +58,11 @@ def _run(options: argparse.Namespace) -> int:
         warnings.simplefilter("ignore")
     try:
         code = command(options)
-        own.out.flush()
+        with own.writing() as out:
+            out.flush()
         return code
     except KeyboardInterrupt:
         return _fail("interrupted; nothing was published", EXIT_INTERRUPTED, as_json=options.json)
-    except BrokenPipeError:
-        # Whoever read the result (`| head`) has seen enough; nothing more is written to it.
-        own.discard_out()
-        return EXIT_DONE
     except (ExporterError, OSError) as error:
         _tell_traceback(options)
         return _failure(error, options)
@@ -75,6 +71,7 @@ def _run(options: argparse.Namespace) -> int:
         if options.json:
             words = f"internal error: {type(error).__name__}: {error}"
             print_json({"error": words, "exit_code": 1})
+            own.settle()
         raise
 
 

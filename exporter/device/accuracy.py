@@ -78,8 +78,9 @@ class Evaluation:
     """What was counted. ``confusion`` maps (true class, predicted class) to a number of images.
 
     ``bundle_sha256`` is that of its manifest, which fixes everything in it. ``shards`` are the
-    parts counted here. ``seconds`` is the time from the first file to the last answer, None after a
-    merge: parts ran beside each other, or not.
+    parts counted here of a folder that holds ``folder_images``, whose relative names have the hash
+    ``folder_names_sha256``; both are None in results of older versions. ``seconds`` is the time
+    from the first file to the last answer, None after a merge: parts ran beside each other, or not.
     """
 
     bundle: str
@@ -92,6 +93,8 @@ class Evaluation:
     confusion: Mapping[tuple[int, int], int]
     top5_correct: int
     skipped: int = 0
+    folder_images: int | None = None
+    folder_names_sha256: str | None = None
     shards: tuple[Shard, ...] = (Shard(),)
     seconds: float | None = None
     note: str | None = None
@@ -140,6 +143,8 @@ class Evaluation:
             "backend": self.backend,
             "library": self.library,
             "data": self.data,
+            "folder_images": self.folder_images,
+            "folder_names_sha256": self.folder_names_sha256,
             "shards": [str(shard) for shard in self.shards],
             "images": self.images,
             "skipped": self.skipped,
@@ -168,6 +173,8 @@ class Evaluation:
             raise ValueError("a counted class has no name")
         if not confusion or min(confusion.values()) < 1:
             raise ValueError("it counts no images")
+        names_sha256 = content.get("folder_names_sha256")
+        images = content.get("folder_images")
         words = ("bundle", "bundle_sha256", "precision", "backend", "library", "data")
         return cls(
             **{word: str(content[word]) for word in words},
@@ -175,29 +182,54 @@ class Evaluation:
             confusion=confusion,
             top5_correct=int(content["top5_correct"]),
             skipped=int(content["skipped"]),
+            folder_images=None if images is None else int(images),
+            folder_names_sha256=None if names_sha256 is None else str(names_sha256),
             shards=tuple(Shard.parse(text) for text in content["shards"]),
             seconds=content["seconds"],
             note=content["note"],
         )
 
 
+_SAME = {
+    "bundle_sha256": "bundle_sha256",
+    "precision": "precision",
+    "backend": "backend",
+    "library": "library",
+    "class_names": "class_names",
+    "folder_images": "numbers of images in the folder",
+    "folder_names_sha256": "names of images in the folder",
+}
+"""What parts of one evaluation have in common, and what a person calls it."""
+
+
+def _require_same(first: Evaluation, other: Evaluation) -> None:
+    recorded = {part.folder_images is None: part for part in (first, other)}
+    if len(recorded) == 2:
+        old = recorded[True]
+        raise InputError(
+            f"evaluation {old.data} {old.shards[0]} is of an older version, which did not record "
+            "what images the folder held; evaluate it again"
+        )
+    for name, words in _SAME.items():
+        if getattr(other, name) != getattr(first, name):
+            raise InputError(
+                f"these evaluations do not belong together: their {words} differ "
+                f"({first.data} {first.shards[0]}, {other.data} {other.shards[0]})"
+            )
+
+
 def merge(parts: Sequence[Evaluation]) -> Evaluation:
     """One evaluation of all ``parts``, which are shards of one folder.
 
     Raises:
-        InputError: if they are of different bundles, backends or classes, or a shard is there twice
-            or missing.
+        InputError: if they are of different bundles, backends, classes or images, or a shard is
+            there twice or missing.
     """
     if not parts:
         raise InputError("there is no evaluation to merge")
     first, *others = parts
     for other in others:
-        for name in ("bundle_sha256", "precision", "backend", "library", "class_names"):
-            if getattr(other, name) != getattr(first, name):
-                raise InputError(
-                    f"these evaluations do not belong together: their {name} differ "
-                    f"({first.data} {first.shards[0]}, {other.data} {other.shards[0]})"
-                )
+        _require_same(first, other)
     shards = tuple(sorted((s for part in parts for s in part.shards), key=lambda s: s.index))
     counts = {shard.count for shard in shards}
     wanted = [Shard(index, max(counts)) for index in range(1, max(counts) + 1)]

@@ -64,7 +64,7 @@ class BundleRunner:
 
 
 def require_intact(bundle: Bundle) -> None:
-    """Return only if every file is what the manifest says.
+    """Return only if every file is what the manifest says, and none has come in beside it.
 
     Raises:
         GateFailedError: naming the files that are not.
@@ -73,6 +73,12 @@ def require_intact(bundle: Bundle) -> None:
     if damaged:
         raise GateFailedError(
             f"bundle {bundle.path}: {', '.join(damaged)} missing or not what the manifest says"
+        )
+    unlisted = bundle.unlisted_files()
+    if unlisted:
+        raise GateFailedError(
+            f"bundle {bundle.path}: {', '.join(unlisted)} not among the files that the manifest "
+            "lists, and no part of the bundle; move it elsewhere"
         )
 
 
@@ -185,10 +191,12 @@ def _engine(
 def _engine_backend(bundle: Bundle) -> str:
     """Who made the bundle's engine.
 
+    A file of that name which the manifest does not list is somebody else's: it is not loaded.
+
     Raises:
         EnvironmentLackError: there is no engine yet.
     """
-    if not (bundle.path / ENGINE).is_file():
+    if ENGINE not in bundle.manifest["files"] or not (bundle.path / ENGINE).is_file():
         raise EnvironmentLackError(
             f"bundle {bundle.path} holds no engine yet; `repvgg-export build` makes one on the "
             "device"

@@ -151,6 +151,7 @@ def _is_whole(out: Path, manifest: str) -> bool:
     """Whether the bundle that was made, and no other, lies there undamaged."""
     try:
         bundle = Bundle.load(out)
-        return file_sha256(out / MANIFEST) == manifest and not bundle.damaged_files()
+        changed = bundle.damaged_files() or bundle.unlisted_files()
+        return file_sha256(out / MANIFEST) == manifest and not changed
     except (InputError, OSError):
         return False

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TextIO
+from typing import Any, TextIO, cast
 
 from exporter.terminal.streams import Streams, streams
 
@@ -35,12 +35,7 @@ def progress_bars(*, quiet: bool) -> Iterator[Progress]:
         with _bars(own) as bars:
             yield bars
     else:
-
-        def say(line: str) -> None:
-            own.record("progress", line)
-            print(line, file=own.err, flush=True)
-
-        yield _Lines(say)
+        yield _Lines(own.progress)
 
 
 def moves_its_cursor(stream: TextIO) -> bool:
@@ -68,6 +63,25 @@ class _Lines:
             self.say(f"{stage} {fraction:.0%}, {elapsed / fraction - elapsed:.0f} s left")
 
 
+class _Lasting:
+    """A terminal for rich, which would end the work when somebody closes its window."""
+
+    def __init__(self, own: Streams) -> None:
+        self._own = own
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own.err, name)
+
+    def write(self, text: str) -> int:
+        with self._own.telling() as err:
+            err.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._own.telling() as err:
+            err.flush()
+
+
 @contextmanager
 def _bars(own: Streams) -> Iterator[Progress]:
     from rich.console import Console
@@ -91,8 +105,8 @@ def _bars(own: Streams) -> Iterator[Progress]:
     record = _Lines(lambda line: own.record("progress", line))
     # rich would lead sys.stdout to this console, and whatever libraries print with it.
     with Bars(
-        *columns, Left(), console=Console(file=own.err), redirect_stdout=False,
-        redirect_stderr=False,
+        *columns, Left(), console=Console(file=cast("TextIO", _Lasting(own))),
+        redirect_stdout=False, redirect_stderr=False,
     ) as bars:  # fmt: skip
         tasks: dict[str, TaskID] = {}
 

@@ -39,19 +39,47 @@ class Streams:
     def result(self, text: str) -> None:
         """On standard output."""
         self.record("result", text)
-        print(visible(text), file=self.out)
+        with self.writing() as out:
+            print(visible(text), file=out)
+
+    @contextmanager
+    def writing(self) -> Iterator[TextIO]:
+        """Standard output, whose reader (`| head`) may leave: what it has not seen goes nowhere.
+
+        The command goes on, since its exit code says more than its words: that a gate failed.
+        """
+        try:
+            yield self.out
+        except BrokenPipeError:
+            _lead_nowhere(self.out)
 
     def note(self, text: str) -> None:
         """On standard error, unless quiet."""
         self.record("note", text)
         if not self.quiet:
-            print(visible(text), file=self.err, flush=True)
+            self._tell(text)
+
+    def progress(self, line: str) -> None:
+        """On standard error."""
+        self.record("progress", line)
+        self._tell(line)
 
     def error(self, text: str) -> None:
-        """On standard error, quiet or not; where that cannot be written the exit code remains."""
+        """On standard error, quiet or not."""
         self.record("error", text)
-        with suppress(OSError):
-            print(visible(text), file=self.err, flush=True)
+        self._tell(text)
+
+    def _tell(self, text: str) -> None:
+        with self.telling() as err:
+            print(visible(text), file=err, flush=True)
+
+    @contextmanager
+    def telling(self) -> Iterator[TextIO]:
+        """Standard error; where it cannot be written the work goes on and the exit code remains."""
+        try:
+            yield self.err
+        except OSError:
+            _lead_nowhere(self.err)
 
     def settle(self) -> None:
         """Write what is buffered; what cannot be written (a full disk) goes nowhere from now on."""
@@ -61,13 +89,10 @@ class Streams:
             except OSError:
                 _lead_nowhere(stream)
 
-    def discard_out(self) -> None:
-        """Whoever read standard output has gone; what is still buffered goes nowhere."""
-        _lead_nowhere(self.out)
-
 
 def _lead_nowhere(stream: TextIO) -> None:
-    with Path(os.devnull).open("w") as nowhere:
+    """What is still buffered included, which would fail once more when the stream is closed."""
+    with suppress(io.UnsupportedOperation), Path(os.devnull).open("w") as nowhere:
         os.dup2(nowhere.fileno(), stream.fileno())
 
 

@@ -25,7 +25,6 @@ from models import branches
 from models.branches import BranchError, Linear
 from models.repvgg import FusedConv2d
 
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _PASS = (nn.Identity, nn.Dropout, nn.Dropout2d)
 _ADDS = (operator.add, operator.iadd, torch.add)
 _MULS = (operator.mul, operator.imul, torch.mul)

@@ -41,7 +41,6 @@ _FOLDABLE = {
     "Cast", "Concat", "Constant", "Div", "Identity", "Mul", "Reshape", "Squeeze", "Transpose",
     "Unsqueeze",
 }  # fmt: skip
-_PAIR = ("QuantizeLinear", "DequantizeLinear")
 _INTEGER_OPS = {
     "ConvInteger", "DynamicQuantizeLinear", "DynamicQuantizeMatMul", "MatMulInteger",
     "MatMulIntegerToFloat", "MatMulNBits", "QGemm",

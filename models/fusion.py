@@ -14,7 +14,8 @@ from torch import Tensor, fx, nn
 
 from models.branches import BranchError, Linear
 from models.repvgg import FusedConv2d, PlainBlock, RepVGGBlock
-from models.structure import Block, UntraceableError, find_blocks, trace
+from models.structure import Block, find_blocks
+from models.tracing import UntraceableError, trace
 
 __all__ = [
     "TrainModeWarning",

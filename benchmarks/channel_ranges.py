@@ -26,7 +26,8 @@ from calibration.chain import ConvStage, rescale
 from calibration.images import Preprocess
 from calibration.moments import ChannelStatistics
 from exporter.onnx_export import export_onnx
-from exporter.quantization.chain_quantizer import observe_chain, quantize_observed
+from exporter.quantization.chain_observer import observe_chain
+from exporter.quantization.chain_quantizer import quantize_observed
 from exporter.quantization.plain_chain import PlainChain, read_chain, with_chain
 from exporter.running.image_set import FolderImages
 from models.checkpoint import load_checkpoint

@@ -21,7 +21,8 @@ import onnxruntime_ptq
 from quantizer_job import Job, answer
 
 from calibration.recipe import RecipeOptions
-from exporter.quantization.chain_quantizer import observe_chain, quantize_observed
+from exporter.quantization.chain_observer import observe_chain
+from exporter.quantization.chain_quantizer import quantize_observed
 from exporter.quantization.plain_chain import read_chain
 from exporter.running.image_set import Pass, Result, unheard
 from exporter.running.onnx_runner import Batch, OnnxRunner

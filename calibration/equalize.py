@@ -86,8 +86,8 @@ def equalize(
 ) -> Equalization:
     """Rescale every scalable boundary of ``chain``.
 
-    ``statistics`` are those of its boundaries, ``effects`` the G_o of its stages (measured, or
-    propagated). The classifier's own input takes the canonical scale.
+    ``statistics`` are those of its boundaries, ``effects`` the G_o of its stages. The classifier's
+    own input takes the canonical scale.
 
     Raises:
         ChainError: if statistics or effects do not fit the chain.

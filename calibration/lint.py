@@ -8,7 +8,7 @@ Good images of another kind than ImageNet's give no finding.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,7 +17,6 @@ from PIL import Image
 
 from calibration import pixel_checks
 from calibration.data_report import DataReport, Figures, Finding
-from calibration.decoding import PixelMemory, batches
 from calibration.image_statistics import (
     ColourStatistics,
     ImageRecord,
@@ -39,7 +38,6 @@ ENLARGED = 2
 """A picture is tiny if it must be enlarged by more than this both ways."""
 CROPPED = 3
 """A picture is cropped away if it is that many times longer than the network's input."""
-_BATCH = 16
 
 
 class Linter:
@@ -73,34 +71,6 @@ class Linter:
             *_class_findings(seen.classes, class_names),
         ]
         return DataReport.of(findings, figures)
-
-
-def lint_folder(
-    folder: ImageFolder, preprocess: Preprocess, class_names: Sequence[str] | None = None
-) -> DataReport:
-    """Read every image of ``folder`` once through ``preprocess`` and report.
-
-    ``class_names`` are the network's classes, if the sub-folders are named so.
-
-    Raises:
-        ImageDataError: naming the first file that cannot be decoded.
-    """
-    linter = Linter(preprocess)
-    for images in batches(folder, PixelMemory(preprocess, limit=0), _BATCH):
-        linter.add(images)
-    return linter.report(folder, class_names)
-
-
-def lint_arrays(arrays: Iterable[FloatArray], preprocess: Preprocess | None = None) -> DataReport:
-    """Report on batches ``[n, ...]`` that the caller preprocessed, with ``preprocess`` if known.
-
-    What is no picture ``[n, 3, H, W]`` is only counted, and looked through for copies, constants
-    and numbers that are not finite.
-    """
-    linter = Linter(preprocess)
-    for images in arrays:
-        linter.add(images)
-    return linter.report()
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,12 @@
 """Which stages INT8 hurts most, and what keeping some of them in half costs.
 
-*Predicted*, in one backward sweep over a few images: with e_l the error that stage l's integers and
-input rounding make in its result on float inputs, less its mean (which the bias takes), and h_l the
-gradient of a random projection of the logits (:mod:`calibration.effects`), the stage adds the power
-``mean (h_l . e_l)^2`` to the logits. Errors of different stages are independent, so powers add:
+Both are predicted in one backward sweep over a few images. With e_l the error that stage l's
+integers and input rounding make in its result on float inputs, less its mean (which the bias
+takes), and h_l the gradient of a random projection of the logits (:mod:`calibration.effects`), the
+stage adds the power ``mean (h_l . e_l)^2`` to the logits. Errors of different stages are
+independent, so powers add:
 
     SQNR(kept) = 10 log10( mean |logits|^2 / sum over quantized l of power_l ).
-
-*Measured*: the power is that of the logits' difference when stage l alone is quantized, one run of
-the network per stage, through a callable.
 
 Keeping a stage in half removes its power and takes its MACs off the INT8 share. Stages are kept in
 the order of power per MAC, the greedy order of the knapsack problem: every point of the list is the
@@ -20,10 +18,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from calibration.chain import Chain
 from calibration.convolution import NUMPY, FloatArray, Kernels, run_chain
@@ -80,22 +76,6 @@ def predicted_effects(
     return tuple(
         StageEffect(name=name, power=power, macs=count)
         for (name, power), count in zip(powers.items(), macs, strict=True)
-    )
-
-
-def measured_stage_effects(
-    run: Callable[[str], npt.NDArray[Any]],
-    reference: npt.NDArray[Any],
-    names: Sequence[str],
-    macs: Sequence[int],
-) -> tuple[StageEffect, ...]:
-    """The same by running: ``run(name)`` returns the logits with that stage alone quantized."""
-    exact = np.asarray(reference, dtype=np.float64)
-    return tuple(
-        StageEffect(
-            name=name, power=float(((run(name) - exact) ** 2).sum(axis=1).mean()), macs=count
-        )
-        for name, count in zip(names, macs, strict=True)
     )
 
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -144,20 +143,6 @@ def quantize_chain(
     classifier = _correct_classifier(chain, x, floats if quantized else None)
     corrected = Chain(stages=tuple(stages), classifier=classifier)
     return QuantizedChain(chain=corrected, stages=quantized)
-
-
-def run_quantized(
-    quantized: QuantizedChain, images: FloatArray, kernels: Kernels = NUMPY
-) -> npt.NDArray[Any]:
-    """Logits ``[N, K]`` as an INT8 engine computes them, up to float32 rounding."""
-    x = channel_first(images)
-    for stage in quantized.chain.stages:
-        found = quantized.stages.get(stage.name)
-        if found is None:
-            x = run_stage(stage, x, kernels)
-        else:
-            x = run_stage(found.dequantized(stage), found.rounded_input(x), kernels)
-    return classify(quantized.chain, x)
 
 
 def is_unsigned(chain: Chain, index: int) -> bool:

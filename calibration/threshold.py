@@ -114,25 +114,6 @@ def activation_scale(
     return max(float(np.float32(clip / LEVELS)), MIN_SCALE)
 
 
-def mean_squared_error(observer: TensorObserver, clips: npt.ArrayLike) -> Float64Array:
-    """Predicted mean of ``(x - Q(x))^2`` over all values, for each clip value of ``clips``.
-
-    ``clips`` is ``[K]``, positive, in the tensor's units; the result is float64 ``[K]`` in their
-    square. Exact for magnitudes that are uniform within their bins; zeros contribute nothing.
-
-    Raises:
-        ValueError: if the observer has seen no values, or a clip value is not positive and finite.
-    """
-    values = np.atleast_1d(np.asarray(clips, dtype=np.float64))
-    if not np.all(np.isfinite(values) & (values > 0)):
-        raise ValueError("clip values must be positive and finite")
-    if observer.abs_max == 0:
-        return np.zeros(values.shape)
-    errors = _squared_errors(observer.histogram, values / observer.bin_width)
-    # Two steps, because the square of a small bin width may underflow where the result does not.
-    return errors / observer.count * observer.bin_width * observer.bin_width
-
-
 def weight_scales(weight: np.ndarray[Any, Any]) -> npt.NDArray[np.float32]:
     """``max |W_o| / 127`` of each output channel (axis 0), float32 ``[O]``, at least 2^-126.
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from exporter.terminal import streams, visible
+from exporter.terminal.cells import figure, percent
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -136,12 +137,12 @@ def print_ledger(parity: Mapping[str, Any], title: str) -> None:
         table.add_row(
             row["stage"],
             row["status"].replace("_", " "),
-            *(_figure(row.get("images"), "{}") for _ in headings),
-            _figure(row["sqnr_db"], "{:.1f}"),
-            _figure(row["max_abs"], "{:.3g}"),
-            _figure(row["cosine"], "{:.6f}"),
-            _percent(row["top1_agreement"]),
-            _percent(row["top1"]),
+            *(figure(row.get("images"), "{}") for _ in headings),
+            figure(row["sqnr_db"], "{:.1f}"),
+            figure(row["max_abs"], "{:.3g}"),
+            figure(row["cosine"], "{:.6f}"),
+            percent(row["top1_agreement"]),
+            percent(row["top1"]),
         )
     print_table(table)
     if len(parity.get("ladder", ())) > 1:
@@ -165,12 +166,12 @@ def _print_ladder(rungs: Sequence[Mapping[str, Any]]) -> None:
     for rung in rungs:
         table.add_row(
             rung["recipe"],
-            _figure(rung["sqnr_db"], "{:.1f}"),
-            _figure(rung["cosine"], "{:.6f}"),
-            _figure(rung["kl_nats"], "{:.2g}"),
-            _percent(rung["top1_agreement"]),
-            _percent(rung["top1"]),
-            _figure(rung["seconds"], "{:.1f}"),
+            figure(rung["sqnr_db"], "{:.1f}"),
+            figure(rung["cosine"], "{:.6f}"),
+            figure(rung["kl_nats"], "{:.2g}"),
+            percent(rung["top1_agreement"]),
+            percent(rung["top1"]),
+            figure(rung["seconds"], "{:.1f}"),
             "chosen" if rung["chosen"] else rung["reason"] or "",
         )
     print_table(table)
@@ -190,22 +191,14 @@ def _print_curve(mixed: Mapping[str, Any]) -> None:
         table.add_row(
             str(point["kept"]),
             point["added"] or "",
-            _percent(point["int8_share"]),
-            _figure(point["predicted_sqnr_db"], "{:.1f}"),
-            _figure(point["sqnr_db"], "{:.1f}"),
-            _percent(point["top1_agreement"]),
-            _percent(point["top1"]),
+            percent(point["int8_share"]),
+            figure(point["predicted_sqnr_db"], "{:.1f}"),
+            figure(point["sqnr_db"], "{:.1f}"),
+            percent(point["top1_agreement"]),
+            percent(point["top1"]),
             "chosen" if chosen else "",
         )
     print_table(table)
-
-
-def _figure(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)
-
-
-def _percent(fraction: float | None) -> str:
-    return "" if fraction is None else f"{100 * fraction:.2f} %"
 
 
 def print_table(table: Table) -> None:

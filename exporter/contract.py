@@ -22,7 +22,7 @@ from typing import Any
 import onnx
 
 from exporter.errors import GateFailedError
-from exporter.graph import attributes
+from exporter.graph import attributes, label
 from models.variants import ConvLayer, Variant
 
 HEAD = ("GlobalAveragePool", "Flatten", "Gemm")
@@ -87,9 +87,7 @@ def judge(model: onnx.ModelProto, variant: Variant, num_classes: int) -> Contrac
         violations += _conv_violations(node, layer, shapes)
     for node in nodes:
         if node.op_type == "Flatten" and attributes(node).get("axis", 1) != 1:
-            violations.append(
-                f"node {_label(node)}: axis is {attributes(node)['axis']}, expected 1"
-            )
+            violations.append(f"node {label(node)}: axis is {attributes(node)['axis']}, expected 1")
         if node.op_type == "Gemm":
             violations += _classifier_violations(node, variant, num_classes, shapes)
     return ContractVerdict(
@@ -113,14 +111,14 @@ def judge_blocks(model: onnx.ModelProto, blocks: Mapping[str, BlockConvolution])
     for name, block in blocks.items():
         nodes = [node for node in convolutions if block.weight in node.input[1:2]]
         if len(nodes) != 1:
-            where = f" ({', '.join(map(_label, nodes))})" if nodes else ""
+            where = f" ({', '.join(map(label, nodes))})" if nodes else ""
             violations.append(f"block {name} is {len(nodes)} convolutions{where}, expected 1")
         for node in nodes:
             violations += _block_violations(name, node, block, shapes)
             own.add(node.output[0])
     for node in model.graph.node:
         if node.op_type == "BatchNormalization" and node.input[0] in own:
-            violations.append(f"node {_label(node)} is a BatchNormalization behind a fused block")
+            violations.append(f"node {label(node)} is a BatchNormalization behind a fused block")
     extras = Counter(
         node.op_type
         for node in model.graph.node
@@ -151,10 +149,10 @@ def _required(verdict: ContractVerdict, words: str) -> ContractVerdict:
 def _first_difference(nodes: list[onnx.NodeProto], expected: list[str]) -> str:
     for node, wanted in zip(nodes, expected, strict=False):
         if node.op_type != wanted:
-            return f"node {_label(node)} is {node.op_type}, expected {wanted}"
+            return f"node {label(node)} is {node.op_type}, expected {wanted}"
     if len(nodes) > len(expected):
         extra = nodes[len(expected)]
-        return f"node {_label(extra)} ({extra.op_type}) is one too many"
+        return f"node {label(extra)} ({extra.op_type}) is one too many"
     return f"the graph ends before {expected[len(nodes)]} ({len(nodes)} of {len(expected)} nodes)"
 
 
@@ -164,7 +162,7 @@ def _chain_breaks(model: onnx.ModelProto) -> list[str]:
     current = model.graph.input[0].name if model.graph.input else ""
     for node in model.graph.node:
         if not node.input or node.input[0] != current:
-            breaks.append(f"node {_label(node)} does not read {current}")
+            breaks.append(f"node {label(node)} does not read {current}")
         current = node.output[0]
     outputs = [value.name for value in model.graph.output]
     if outputs and outputs[0] != current:
@@ -235,11 +233,7 @@ def _parameter_shapes(
 
 def _differences(node: onnx.NodeProto, checks: list[tuple[str, Any, Any]]) -> list[str]:
     return [
-        f"node {_label(node)}: {what} is {found}, expected {wanted}"
+        f"node {label(node)}: {what} is {found}, expected {wanted}"
         for what, found, wanted in checks
         if found != wanted
     ]
-
-
-def _label(node: onnx.NodeProto) -> str:
-    return node.name or str(node.output[0])

@@ -7,10 +7,8 @@ cannot be taken apart again: many sets of branches have the same sum.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
@@ -22,6 +20,7 @@ from torch import Tensor
 
 from exporter.bundle import file_sha256
 from exporter.errors import InputError
+from exporter.files.whole_file import whole_file
 from models.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -180,15 +179,13 @@ def _require_writable(out: Path, force: bool) -> None:
 def _write(tensors: Mapping[str, Tensor], out: Path, force: bool) -> None:
     """Beside ``out``, then renamed: it is the old file whole, the new one whole, or absent."""
     try:
-        with _staging(out) as staging:
+        with whole_file(out) as file:
             stored = {name: _stored(tensor) for name, tensor in tensors.items()}
             # By its bytes: the library does not take every name that a file can have.
-            with staging.open("wb") as file:
-                file.write(save(stored, metadata={"format": "pt"}))
-                file.flush()
-                os.fsync(file.fileno())
+            file.write(save(stored, metadata={"format": "pt"}))
+            file.flush()
+            os.fsync(file.fileno())
             _require_writable(out, force)
-            staging.replace(out)
     except OSError as error:
         raise InputError(f"OUT {out} cannot be written: {error.strerror or error}") from error
 
@@ -198,16 +195,3 @@ def _stored(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
     alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     return tensor if alone and tensor.is_contiguous() else tensor.clone().contiguous()
-
-
-@contextlib.contextmanager
-def _staging(out: Path) -> Iterator[Path]:
-    """A file beside ``out`` that is gone afterwards unless it was renamed."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{out.name}.", dir=out.parent)
-    os.close(descriptor)
-    path = Path(name)
-    try:
-        path.chmod(0o644)
-        yield path
-    finally:
-        path.unlink(missing_ok=True)

@@ -26,7 +26,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from exporter.errors import GateFailedError
-from exporter.graph import attributes, in_opset, with_outputs
+from exporter.graph import attributes, in_opset, label, with_outputs
 from exporter.running.onnx_runner import Batch, OnnxRunner
 
 HALF_MAX = 65504.0
@@ -215,7 +215,7 @@ def _retype(kind: NarrowType, node: onnx.NodeProto) -> None:
             attribute.i = kind.code
         elif attribute.t.data_type == TensorProto.FLOAT:
             values = numpy_helper.to_array(attribute.t)
-            attribute.t.CopyFrom(rounded(kind, values, node.name or node.output[0]))
+            attribute.t.CopyFrom(rounded(kind, values, label(node)))
 
 
 def largest_magnitudes(model: onnx.ModelProto, batches: Iterable[Batch]) -> Mapping[str, float]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from models.checkpoint_file import CheckpointError, read_checkpoint_file, read_state
+from models.checkpoint_file import CheckpointError, read_checkpoint_file
 from models.checkpoint_scales import LayerScales, layer_scales
 from models.dialects import from_ours
 from models.fitting import CLASSIFIER, DEPLOY, expected_shapes, fit
@@ -32,7 +32,6 @@ __all__ = [
     "identify",
     "load_checkpoint",
     "read_checkpoint_file",
-    "read_state",
     "refusal",
     "require_classifier",
     "require_network",

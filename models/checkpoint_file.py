@@ -90,15 +90,6 @@ def read_checkpoint_file(path: Path) -> CheckpointFile:
     )
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of ``path`` by name, wrappers and prefixes taken off.
-
-    Raises:
-        CheckpointError: as :func:`read_checkpoint_file`.
-    """
-    return dict(read_checkpoint_file(path).tensors)
-
-
 def _unwrapped(
     content: Mapping[object, object],
 ) -> tuple[dict[str, Tensor], tuple[str, ...], tuple[str, ...]]:

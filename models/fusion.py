@@ -12,19 +12,16 @@ import warnings
 import torch
 from torch import Tensor, fx, nn
 
-from models import branches
-from models.branches import BranchError, Linear, identity_kernel
+from models.branches import BranchError, Linear
 from models.repvgg import FusedConv2d, PlainBlock, RepVGGBlock
-from models.structure import Block, UntraceableError, find_blocks, trace
+from models.structure import Block, find_blocks
+from models.tracing import UntraceableError, trace
 
 __all__ = [
     "TrainModeWarning",
     "UntraceableWarning",
-    "fold_batch_norm",
     "fuse_block",
     "fused_convolutions",
-    "identity_kernel",
-    "plain_block",
     "reparameterize",
 ]
 
@@ -39,18 +36,6 @@ class UntraceableWarning(UserWarning):
     """A module could not be searched for blocks, because its forward cannot be traced."""
 
 
-def fold_batch_norm(weight: Tensor, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Equation (1) of ``branches``: ``[O, I/g, k, k]`` and ``bn`` -> float64 kernel, bias ``[O]``.
-
-    Raises:
-        ValueError: if the BatchNorm has no running statistics.
-    """
-    factor, shift = branches.batch_norm_factors(
-        bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps
-    )
-    return weight.detach().double() * factor.view(-1, 1, 1, 1), shift
-
-
 def fuse_block(block: nn.Module) -> tuple[Tensor, Tensor]:
     """The single kernel ``[O, I/g, 3, 3]`` and bias ``[O]`` of a module that is one block, float64.
 
@@ -60,15 +45,6 @@ def fuse_block(block: nn.Module) -> tuple[Tensor, Tensor]:
     linear = _only_block(block).linear
     assert linear.kernel is not None
     return linear.kernel, linear.bias
-
-
-def plain_block(block: RepVGGBlock) -> PlainBlock:
-    """The deploy form of ``block``, in its data type, on its device, with its activation.
-
-    Raises:
-        ValueError: if the block cannot be fused, or the result leaves its data type's range.
-    """
-    return _as_plain(block, _fused_conv(_only_block(block).linear, block))
 
 
 def reparameterize(module: nn.Module) -> nn.Module:

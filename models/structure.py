@@ -1,8 +1,8 @@
 """Find RepVGG-style blocks by what they compute, not by what they are called.
 
-Each module is traced with torch.fx and its graph is read as algebra (``branches.py``):
-convolutions, BatchNorms, scalings and sums of one and the same tensor are one convolution. Where at
-least two branches meet, that is a block, whatever class and attribute names it has.
+Each module's graph (``tracing.py``) is read as algebra (``branches.py``): convolutions, BatchNorms,
+scalings and sums of one and the same tensor are one convolution. Where at least two branches meet,
+that is a block, whatever class and attribute names it has.
 
 What looks like a block and is none is refused by name: at least two convolutions of one tensor that
 are summed with a nonlinearity, a BatchNorm without statistics or a misalignment in a branch. An
@@ -14,7 +14,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,16 +22,11 @@ from torch.nn.utils import parametrize
 
 from models import branches
 from models.branches import BranchError, Linear
-from models.repvgg import FusedConv2d
+from models.tracing import channel_constant, constant
 
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _PASS = (nn.Identity, nn.Dropout, nn.Dropout2d)
 _ADDS = (operator.add, operator.iadd, torch.add)
 _MULS = (operator.mul, operator.imul, torch.mul)
-
-
-class UntraceableError(ValueError):
-    """A module whose forward cannot be read symbolically; the message says why."""
 
 
 @dataclass(slots=True, eq=False)
@@ -54,35 +48,6 @@ class _Value:
     linear: Linear
     leaves: list[str] = field(default_factory=list)
     nodes: list[fx.Node] = field(default_factory=list)
-
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, FusedConv2d) or super().is_leaf_module(m, module_qualified_name)
-
-
-def trace(module: nn.Module) -> fx.Graph:
-    """The module's graph with torch's own layers as leaves.
-
-    Raises:
-        UntraceableError: if its forward depends on values, or otherwise cannot be traced.
-    """
-    try:
-        graph = _Tracer().trace(module)
-    except Exception as error:
-        # Tracing runs the user's forward with proxies: anything may be raised there.
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UntraceableError(first_line) from error
-    for node in list(graph.nodes):
-        if node.target is torch._assert:
-            graph.erase_node(node)
-        elif node.op == "call_method" and str(node.target).endswith("_") and not node.users:
-            # ``out.add_(branch)`` as a statement: later readers of ``out`` see what it wrote, which
-            # the graph does not tell.
-            raise UntraceableError(f"{node.target} changes a tensor in place as a statement")
-    graph.owning_module = module  # type: ignore[assignment]  # asked which calls have effects
-    graph.eliminate_dead_code()
-    return graph
 
 
 def find_blocks(module: nn.Module, graph: fx.Graph, *, least_branches: int = 2) -> list[Block]:
@@ -197,7 +162,7 @@ class _Reader:
         if given.get("training"):
             self.flaws[node] = "BatchNorm with batch statistics cannot be folded"
             return None
-        tensors = {key: self._constant(given.get(key)) for key in names[1:5]}
+        tensors = {key: constant(self.module, given.get(key)) for key in names[1:5]}
         eps = float(given.get("eps", node.args[7] if len(node.args) > 7 else 1e-5))  # type: ignore[arg-type]
         return self._scaled(
             node,
@@ -216,7 +181,7 @@ class _Reader:
             # ``0 + branch``, as sums in a loop begin.
             return self._alias(operand) if number == 0 and isinstance(operand, fx.Node) else None
         for operand, other in ((left, right), (right, left)):
-            shift = self._channel_constant(other)
+            shift = channel_constant(self.module, other)
             if shift is not None and operand in self.values:
                 one = torch.ones_like(shift)
                 return self._scaled(node, operand, lambda s=shift, o=one: (o, s), [])  # type: ignore[misc]
@@ -255,41 +220,10 @@ class _Reader:
     def _product(self, node: fx.Node) -> _Value | None:
         left, right = node.args
         for operand, other in ((left, right), (right, left)):
-            factor = self._channel_constant(other)
+            factor = channel_constant(self.module, other)
             if factor is not None and isinstance(operand, fx.Node):
                 shift = torch.zeros_like(factor)
                 return self._scaled(node, operand, lambda f=factor, s=shift: (f, s), [])  # type: ignore[misc]
-        return None
-
-    def _channel_constant(self, argument: Any) -> Tensor | None:
-        """A number, or a constant ``[1, C, 1, 1]`` or scalar tensor, as float64 ``[C]``."""
-        if isinstance(argument, (int, float)) and not isinstance(argument, bool):
-            return torch.tensor(float(argument), dtype=torch.float64)
-        value = self._constant(argument)
-        if value is None or not value.is_floating_point():
-            return None
-        if value.numel() > 1 and not (value.ndim == 4 and value.numel() == value.shape[1]):
-            return None
-        value = value.detach().double()
-        return value.reshape(-1) if value.numel() > 1 else value.reshape(())
-
-    def _constant(self, argument: Any) -> Tensor | None:
-        """The tensor that an attribute, possibly viewed or reshaped, holds."""
-        if not isinstance(argument, fx.Node):
-            return None
-        if argument.op == "get_attr":
-            value: Any = self.module
-            for part in str(argument.target).split("."):
-                value = getattr(value, part)
-            tensor: Tensor | None = value if isinstance(value, Tensor) else None
-            return tensor
-        if argument.op == "call_method" and argument.target in ("view", "reshape"):
-            inner, *shape = argument.args
-            value = self._constant(inner)
-            sizes = [size for size in shape if isinstance(size, int)]
-            if value is not None and len(sizes) == len(shape):
-                viewed: Tensor = value.reshape(sizes)
-                return viewed
         return None
 
     def _require_private(self, node: fx.Node, value: _Value) -> None:

@@ -21,7 +21,7 @@ from calibration.equalize import (
     require_equal,
 )
 from calibration.moments import ChannelStatistics
-from calibration.noise import predict_noise, propagated_effects
+from calibration.noise import passing
 from calibration.survey import survey
 
 SIZE = (12, 10)
@@ -128,7 +128,7 @@ def test_returned_statistics_are_those_of_the_rescaled_chain(chain: Chain) -> No
     """The statistics that equalization returns are what the rescaled chain really has."""
     images = images_of(0)
     statistics = statistics_of(chain, images)
-    found = equalize(chain, statistics, propagated_effects(chain, statistics, SIZE))
+    found = equalize(chain, statistics, measured_effects(chain, images))
     for expected, actual in zip(statistics_of(found.chain, images), found.statistics, strict=True):
         np.testing.assert_allclose(actual.abs_max, expected.abs_max, rtol=1e-3, atol=1e-6)
         assert np.abs(actual.positive - expected.positive).max() < 0.01
@@ -143,6 +143,27 @@ def test_powers_of_two_change_no_bit() -> None:
     mantissas = [np.frexp(scale)[0].tolist() for scale in found.scales if scale is not None]
     assert [[0.5] * 8] * 3 == mantissas
     assert run_chain(chain, images).tolist() == run_chain(found.chain, images).tolist()
+
+
+def activation_noise(
+    stage: ConvStage, before: ConvStage | None, read: ChannelStatistics, effect: np.ndarray
+) -> float:
+    """By calibration.noise: what rounding the input of ``stage`` adds to the logits' error."""
+    energy = (stage.by_group() ** 2).sum(axis=3)
+    reached = passing(before, read).reshape(stage.groups, -1)
+    power = np.einsum("go,goi,gi->", effect.reshape(stage.groups, -1), energy, reached)
+    return float((read.abs_max.max() / 127) ** 2 / 12 * power)
+
+
+def weight_noise(
+    stage: ConvStage, read: ChannelStatistics, effect: np.ndarray, gamma: float
+) -> float:
+    """What rounding its weight adds, with one scale per output channel."""
+    kernel = np.abs(stage.by_group())
+    steps = kernel.max(axis=(2, 3)) / 127
+    power = kernel.shape[3] * read.variance.reshape(stage.groups, -1).sum(axis=1)
+    by_channel = np.einsum("go,go,g->", effect.reshape(stage.groups, -1), steps**2, power)
+    return float(gamma / 12 * by_channel)
 
 
 @pytest.mark.parametrize("gamma", [0.4, 5.0, 50.0])
@@ -160,8 +181,14 @@ def test_noise_model_scaling_is_the_optimum(seed: int, kind: str, gamma: float) 
     def noise(scales: list[np.ndarray]) -> float:
         moved = [s.divided_by(r) for s, r in zip(statistics[1:], scales, strict=True)]
         scaled = [e * r**2 for e, r in zip(effects, scales, strict=True)]
-        found = predict_noise(rescale(chain, scales), [statistics[0], *moved], scaled, gamma=gamma)
-        return sum(part.total for part in found[1:])
+        stages = rescale(chain, scales).stages
+        return sum(
+            activation_noise(stage_, before, read, effect)
+            + weight_noise(stage_, read, effect, gamma)
+            for before, stage_, read, effect in zip(
+                stages[:-1], stages[1:], moved[:-1], scaled[1:], strict=True
+            )
+        )
 
     best = list(equalize(chain, statistics, effects, EqualizeOptions(gamma=gamma)).scales)
     least = noise(best)
@@ -190,11 +217,14 @@ def test_per_tensor_scaling_has_less_noise_under_one_weight_scale() -> None:
     def noise(scales: list[np.ndarray]) -> float:
         moved = [s.divided_by(r) for s, r in zip(statistics[1:], scales, strict=True)]
         scaled = [e * r**2 for e, r in zip(effects, scales, strict=True)]
-        inputs = [statistics[0], *moved]
-        found = rescale(chain, scales)
-        total = sum(part.activation for part in predict_noise(found, inputs, scaled))
-        for stage_, read, effect in zip(found.stages, inputs, scaled, strict=False):
+        inputs = [statistics[0], *moved[:-1]]
+        stages = rescale(chain, scales).stages
+        total = 0.0
+        for before, stage_, read, effect in zip(
+            (None, *stages[:-1]), stages, inputs, scaled, strict=True
+        ):
             step = np.abs(stage_.weight).max() / 127
+            total += activation_noise(stage_, before, read, effect)
             total += 0.4 * step**2 / 12 * effect.sum() * 9 * read.variance.sum()
         return float(total)
 

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from calibration.chain import Chain, ChainError, Classifier, ConvStage, rescale
-from calibration.convolution import run_chain
+from calibration.convolution import channel_first, classify, run_chain, run_stage
 from calibration.moments import ChannelStatistics
 from calibration.recipe import Outcome, Recipe, RecipeOptions, quantize_by_recipe
-from calibration.sequential import run_quantized
 from calibration.survey import survey
 
 CHANNELS = 16
@@ -58,9 +57,18 @@ def outcome(
     return quantize_by_recipe(recipe, chain, statistics, images, RecipeOptions(**options))
 
 
+def run_integers(found: Outcome, images: np.ndarray) -> np.ndarray:
+    """Logits as an INT8 engine computes them, up to float32 rounding."""
+    x = channel_first(images)
+    for stage in found.quantized.chain.stages:
+        integers = found.quantized.stages[stage.name]
+        x = run_stage(integers.dequantized(stage), integers.rounded_input(x))
+    return classify(found.quantized.chain, x)
+
+
 def sqnr_db(chain: Chain, found: Outcome) -> float:
     reference = run_chain(chain, UNSEEN)
-    error = reference - run_quantized(found.quantized, UNSEEN)
+    error = reference - run_integers(found, UNSEEN)
     return float(10 * np.log10((reference**2).sum() / (error**2).sum()))
 
 

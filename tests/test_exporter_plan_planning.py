@@ -385,7 +385,7 @@ def test_what_the_backend_at_hand_cannot_build_is_deferred():
     """Named targets are divided; the reason names those that wait and what can be built here."""
     decision = decide_engine(resolve_targets("orin,rtx3060,h100"), here("auto"), Precision.INT8)
     assert ("sm86",) == decision.build_here
-    assert ("sm87", "sm90") == decision.deferred_capabilities
+    assert ["sm87", "sm90"] == [target.capability for target in decision.deferred]
     assert f"orin (sm87), h100 (sm90) need {NEEDS}; {RTX_INT8}" == decision.reason
 
 

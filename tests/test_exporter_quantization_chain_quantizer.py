@@ -15,7 +15,8 @@ from exporter.errors import InputError
 from exporter.graph import quantizable
 from exporter.onnx_export import export_onnx
 from exporter.parity import compare
-from exporter.quantization.chain_quantizer import QuantizedGraphs, observe_chain, quantize_observed
+from exporter.quantization.chain_observer import observe_chain
+from exporter.quantization.chain_quantizer import QuantizedGraphs, quantize_observed
 from exporter.quantization.plain_chain import read_chain, with_chain
 from exporter.running.image_set import ArrayImages
 from exporter.running.onnx_runner import OnnxRunner

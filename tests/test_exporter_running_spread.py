@@ -30,7 +30,7 @@ from exporter.network import classifier_interface, torch_runner
 from exporter.onnx_export import export_onnx
 from exporter.precision import larger, largest_magnitudes
 from exporter.profiles import SizeProfile
-from exporter.quantization.chain_quantizer import observe_chain, observe_ranges
+from exporter.quantization.chain_observer import observe_chain, observe_ranges
 from exporter.quantization.plain_chain import read_chain
 from exporter.running.image_set import BATCH_SIZE, FolderImages
 from exporter.running.onnx_runner import OnnxRunner

@@ -21,7 +21,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
-from models.checkpoint import CheckpointError, LoadedCheckpoint, load_checkpoint, read_state
+from models.checkpoint import (
+    CheckpointError,
+    LoadedCheckpoint,
+    load_checkpoint,
+    read_checkpoint_file,
+)
 from models.fusion import reparameterize
 from models.repvgg import RepVGG
 from models.variants import VARIANTS, Variant
@@ -208,10 +213,11 @@ def test_another_pickle_protocol_is_read_in_silence(tmp_path, protocol, is_zip):
     assert_computes(network(), load_checkpoint(path, TINY))
 
 
-def test_read_state_returns_the_tensors_bit_for_bit(tmp_path):
+def test_tensors_are_read_bit_for_bit(tmp_path):
     """Names and values come back as they were saved, nothing else with them."""
     state = state_of("train")
-    read = read_state(written(tmp_path / "w.pth", {"state_dict": state, "epoch": 1}))
+    path = written(tmp_path / "w.pth", {"state_dict": state, "epoch": 1})
+    read = read_checkpoint_file(path).tensors
     assert list(state) == list(read)
     assert all(torch.equal(tensor, read[name]) for name, tensor in state.items())
 
@@ -485,7 +491,7 @@ def test_cut_files_raise_nothing_else(scratch, container, data):
     content = CONTAINERS[container]
     scratch.write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
     with pytest.raises(CheckpointError):
-        read_state(scratch)
+        read_checkpoint_file(scratch)
 
 
 @pytest.mark.parametrize("container", CONTAINERS)

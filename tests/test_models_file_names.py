@@ -17,7 +17,7 @@ from exporter.conversion import convert
 from exporter.engine import network_parser
 from exporter.engine.capabilities import Api
 from exporter.running.onnx_runner import OnnxRunner
-from models.checkpoint import read_state
+from models.checkpoint import read_checkpoint_file
 from models.file_names import is_text
 from models.registry import bundled_weights
 
@@ -45,7 +45,7 @@ def test_a_checkpoint_of_any_name_is_read_and_written(tmp_path: Path) -> None:
     out = tmp_path / f"{NO_TEXT}.safetensors"
     convert(source, out, form="train")
     assert [out] == list(tmp_path.iterdir())
-    expected, found = read_state(source), read_state(out)
+    expected, found = (read_checkpoint_file(path).tensors for path in (source, out))
     assert expected.keys() == found.keys()
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
 

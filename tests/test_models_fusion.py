@@ -15,14 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
+from models.branches import batch_norm_factors, identity_kernel
 from models.equivalence import block_equivalence, eval_mode
 from models.fusion import (
     TrainModeWarning,
-    fold_batch_norm,
     fuse_block,
     fused_convolutions,
-    identity_kernel,
-    plain_block,
     reparameterize,
 )
 from models.repvgg import PlainBlock, RepVGG, RepVGGBlock
@@ -158,7 +156,7 @@ def test_a_fused_block_is_the_block(block, dtype, size, seed):
     block = in_type(block, dtype)
     x = images(2, block.rbr_dense.conv.in_channels, *size, seed=seed, dtype=dtype)
     with torch.no_grad():
-        expected, actual = block(x), plain_block(block)(x)
+        expected, actual = block(x), reparameterize(block)(x)
         scale = branch_scale(block, x)
     assert expected.shape == actual.shape
     assert dtype == actual.dtype
@@ -221,17 +219,12 @@ def test_the_identity_kernel_is_the_identity(per_group, groups, seed):
     assert torch.equal(x, functional.conv2d(x, kernel, groups=groups))
 
 
-def test_batch_norm_folds_to_known_numbers():
-    """gamma 6, mean 5, variance 4 - eps, beta 1: the kernel triples and the bias is 1 - 15."""
-    bn = nn.BatchNorm2d(1, eps=0.5).eval()
-    with torch.no_grad():
-        bn.weight.fill_(6)
-        bn.bias.fill_(1)
-    bn.running_mean.fill_(5)
-    bn.running_var.fill_(3.5)
-    kernel, bias = fold_batch_norm(torch.tensor([[[[2.0]]]]), bn)
-    assert (6.0, -14.0) == (kernel.item(), bias.item())
-    assert torch.float64 == kernel.dtype == bias.dtype
+def test_batch_norm_is_known_numbers():
+    """gamma 6, mean 5, variance 4 - eps, beta 1: outputs triple, and 15 less than beta is added."""
+    mean, var, gamma, beta = (torch.tensor([value]) for value in (5.0, 3.5, 6.0, 1.0))
+    factor, shift = batch_norm_factors(mean, var, gamma, beta, 0.5)
+    assert (3.0, -14.0) == (factor.item(), shift.item())
+    assert torch.float64 == factor.dtype == shift.dtype
 
 
 def test_batch_norm_without_affine_is_fused():
@@ -242,7 +235,7 @@ def test_batch_norm_without_affine_is_fused():
     block.rbr_identity = nn.BatchNorm2d(4, affine=False)
     block = randomized(block, 3).double()
     x = images(2, 4, 6, 6, dtype=torch.float64)
-    assert relative_error(block, plain_block(block), x) <= 1e-12
+    assert relative_error(block, reparameterize(block), x) <= 1e-12
 
 
 def test_batch_norm_without_a_bias_is_fused():
@@ -250,7 +243,7 @@ def test_batch_norm_without_a_bias_is_fused():
     block = block_of().double()
     block.rbr_identity.bias = None
     x = images(2, 4, 6, 6, dtype=torch.float64)
-    assert relative_error(block, plain_block(block), x) <= 1e-12
+    assert relative_error(block, reparameterize(block), x) <= 1e-12
 
 
 def test_batch_norm_without_running_statistics_is_refused_by_name():
@@ -288,8 +281,8 @@ def test_a_kernel_beyond_the_data_type_is_refused():
 def test_another_activation_is_kept():
     """A block whose ReLU was exchanged keeps the exchanged activation."""
     block = block_of().double()
-    block.nonlinearity = nn.SiLU()
-    fused = plain_block(block)
+    block.nonlinearity = nn.SiLU().eval()
+    fused = reparameterize(block)
     assert isinstance(fused.nonlinearity, nn.SiLU)
     assert fused.nonlinearity is not block.nonlinearity
     assert relative_error(block, fused, images(1, 4, 5, 5, dtype=torch.float64)) <= 1e-12
@@ -316,7 +309,7 @@ def test_a_spike_survives_a_float64_fusion_and_not_a_float32_one():
         block.rbr_dense.conv.weight[:, :, [0, 0, 0, 1, 1, 2, 2, 2], [0, 1, 2, 0, 2, 0, 1, 2]] = 0
         block.rbr_identity.weight.fill_(1e-6)
     exact_kernel, exact_bias = fuse_block(copy.deepcopy(block).double())
-    fused = plain_block(block).rbr_reparam
+    fused = reparameterize(block).rbr_reparam
     naive_kernel, naive_bias = float32_fusion(block)
     assert torch.float32 == fused.weight.dtype == naive_kernel.dtype
 
@@ -497,7 +490,7 @@ def test_a_module_without_branches_is_copied(make: Callable[[], nn.Module]):
 def test_the_data_type_is_kept_and_rounded_once(dtype):
     """The fused weights are the float64 fusion rounded to the block's own type."""
     block = block_of().to(dtype)
-    fused = plain_block(block).rbr_reparam
+    fused = reparameterize(block).rbr_reparam
     kernel, bias = fuse_block(block)
     assert dtype == fused.weight.dtype == fused.bias.dtype
     assert torch.equal(kernel.to(dtype), fused.weight)
@@ -551,7 +544,7 @@ def test_block_equivalence_of_a_silent_block_is_absolute():
     for bn in (block.rbr_dense.bn, block.rbr_1x1.bn, block.rbr_identity):
         nn.init.zeros_(bn.weight)
         nn.init.constant_(bn.bias, -1.0)
-    fused = plain_block(block)
+    fused = reparameterize(block)
     (exact,) = block_equivalence(block, fused, images(1, 4, 3, 3))
     assert (0.0, 0.0) == (exact.max_abs, exact.relative)
     nn.init.constant_(fused.rbr_reparam.bias, 0.25)

@@ -43,6 +43,8 @@ JUNIT = "junit.xml"
 REPORT = "report.html"
 SBOM = "sbom.cdx.json"
 CHECKSUMS = "SHA256SUMS"
+REFERENCE_IMAGES = 8
+"""How many of the images a bundle keeps, with the original network's outputs for them."""
 SIGNED = (MANIFEST, CHECKSUMS)
 """What a signature is made of: between them they have the sha256 of every other file."""
 

@@ -6,6 +6,7 @@ Importing them loads nothing heavy, so that ``--help`` answers at once.
 from __future__ import annotations
 
 import argparse
+import os
 from importlib.util import find_spec
 from typing import Protocol
 
@@ -39,3 +40,12 @@ def require_libraries(*names: str) -> None:
         raise EnvironmentLackError(
             f"not installed: {', '.join(missing)}; pip install 'repvgg-exporter[export]'"
         )
+
+
+def keep_threads_from_spinning() -> None:
+    """Before torch is imported, which reads it when it loads its OpenMP.
+
+    Threads that spin while others work slow a forward pass down 40 times on a machine with another
+    busy process.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

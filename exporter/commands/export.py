@@ -9,7 +9,7 @@ import os
 from dataclasses import fields
 from pathlib import Path
 
-from exporter.commands import EXPORT_LIBRARIES, require_libraries
+from exporter.commands import EXPORT_LIBRARIES, keep_threads_from_spinning, require_libraries
 from exporter.commands.signing import signer
 from exporter.console import (
     print_json,
@@ -32,9 +32,7 @@ def prepare_export() -> None:
         EnvironmentLackError: naming what is not installed.
     """
     require_libraries(*EXPORT_LIBRARIES)
-    # Read when torch loads its OpenMP: threads that spin while others work slow a forward pass
-    # down 40 times on a machine with another busy process.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    keep_threads_from_spinning()
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # Python looks for cycles once more at its end: 0.4 s among torch's objects, for nothing.
     atexit.register(gc.freeze)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
-from exporter.commands import AddCommand, require_libraries
+from exporter.commands import AddCommand, keep_threads_from_spinning, require_libraries
 from exporter.console import print_json, print_line, print_note, print_table
 from exporter.errors import EXIT_DONE
 
@@ -29,7 +28,7 @@ def add_commands(command: AddCommand) -> None:
 
 
 def _run_inspect(options: argparse.Namespace) -> int:
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    keep_threads_from_spinning()
     from exporter.inspection import inspect_file
 
     inspection = inspect_file(options.file)
@@ -47,7 +46,7 @@ def _run_inspect(options: argparse.Namespace) -> int:
 
 def _run_convert(options: argparse.Namespace) -> int:
     require_libraries("torch", "safetensors")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    keep_threads_from_spinning()
     from exporter.conversion import convert
 
     done = convert(options.file, options.out, to=options.to, form=options.form, force=options.force)

@@ -10,17 +10,15 @@ A cache is a convenience: whatever is wrong with it becomes a note, and the kern
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import re
-import tempfile
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
 from exporter.files.user_cache import user_cache
+from exporter.files.whole_file import whole_file
 
 
 class CacheState(str, Enum):
@@ -121,22 +119,9 @@ class KernelCache:
             "cold_first_run_ms": first_run_ms if cold[1] is None else cold[1],
         }
         try:
-            _replace(self._path, json.dumps(facts).encode() + b"\n" + content)
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with whole_file(self._path, private=True) as file:
+                file.write(json.dumps(facts).encode() + b"\n" + content)
         except OSError as error:
             reason = error.strerror or error
             self.notes.append(f"runtime cache {self._path} cannot be written: {reason}")
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Another process reads the old file or the new one, never a part."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    partial = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        partial.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise

@@ -1,11 +1,12 @@
 """Engines: the one room that names TensorRT.
 
 Importing it needs the standard library only; TensorRT is imported in a process of its own, for the
-time of one build. The order to read: `backend` and `options` (what is asked), `tensorrt_rtx` and
-`tensorrt` (who answers), `worker_process` and `worker` (how), `capabilities` and `approach` (what
-the library at hand can do), `network_parser`, `builder_config`, `legacy_int8`, `layer_inspection`
-and `callbacks` (its calls, the same for both libraries), `runtime_cache` (TensorRT-RTX's alone),
-`build_log`, `inspector` and `inventory` (what came out), `summary` (the verdict).
+time of one build. What is asked of the builder is in `exporter.build_options`. The order to read:
+`backend` (what is asked of a library), `tensorrt_rtx` and `tensorrt` (who answers),
+`worker_process` and `worker` (how), `capabilities` and `approach` (what the library at hand can
+do), `network_parser`, `builder_config`, `legacy_int8`, `layer_inspection` and `callbacks` (its
+calls, the same for both libraries), `runtime_cache` (TensorRT-RTX's alone), `build_log`,
+`inspector` and `inventory` (what came out), `summary` (the verdict).
 """
 
 from __future__ import annotations

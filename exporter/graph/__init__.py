@@ -32,6 +32,11 @@ def quantizable(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     ]
 
 
+def label(node: onnx.NodeProto) -> str:
+    """A node's name, or what it computes where it has none."""
+    return node.name or str(node.output[0])
+
+
 def boundary_tensors(model: onnx.ModelProto) -> tuple[str, ...]:
     """What an INT8 kernel reads: the first input of these nodes, in order, each once."""
     return tuple(dict.fromkeys(node.input[0] for node in quantizable(model)))

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from exporter.cases.case_result import ENGINE_CONTENTS, CaseResult, Status
 from exporter.parity_run.baseline import Comparison
+from exporter.terminal.cells import figure
 
 
 def results_table(
@@ -31,10 +32,10 @@ def results_table(
             str(result.status),
             against if has_baseline and result.status is Status.PASS else "",
             stage,
-            _figure(figures.get("sqnr_db"), "{:.1f}"),
-            _figure(figures.get("top1_agreement"), "{:.2%}"),
-            _figure(figures.get("top1"), "{:.2%}"),
-            _figure(engine.get("int8_convolutions"), "{:.0f}"),
+            figure(figures.get("sqnr_db"), "{:.1f}"),
+            figure(figures.get("top1_agreement"), "{:.2%}"),
+            figure(figures.get("top1"), "{:.2%}"),
+            figure(engine.get("int8_convolutions"), "{:.0f}"),
             "" if not engine else f"{engine['plan_bytes'] / 1e6:.1f}",
             f"{result.seconds:.1f}",
         )
@@ -43,7 +44,3 @@ def results_table(
 
 def _apart(stage: str) -> bool:
     return stage in (ENGINE_CONTENTS, "files")
-
-
-def _figure(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)

@@ -56,11 +56,6 @@ class EngineDecision:
     reason: str = ""
     emulated: bool = False
 
-    @property
-    def deferred_capabilities(self) -> tuple[str, ...]:
-        """The capabilities of what is deferred, each once."""
-        return tuple(dict.fromkeys(target.capability for target in self.deferred))
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeferredEngine:

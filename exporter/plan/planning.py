@@ -40,7 +40,6 @@ from models.registry import bundled_weights
 
 IMAGENET_CLASSES = 1000
 IMAGE_SIZE = (224, 224)
-REFERENCE_IMAGES = 8
 _RECORDS = (
     files.PARITY,
     files.JUNIT,
@@ -93,7 +92,7 @@ def make_plan(
     graphs = {files.MODEL: graph_bytes(count, "fp32")}
     graphs[build.graph] = graph_bytes(count, build.precision, half_scales=build.half_scales)
     image = 3 * size[0] * size[1] * (4 if spec.with_preprocess is None else 1)
-    reference = REFERENCE_IMAGES * (image + 4 * classes)
+    reference = files.REFERENCE_IMAGES * (image + 4 * classes)
     sizes: dict[str, int | None] = {**graphs, files.REFERENCE: reference}
     if build.precision in ONE_BYTE:
         sizes[files.CALIBRATION] = None

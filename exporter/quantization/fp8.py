@@ -29,7 +29,7 @@ from calibration.threshold import MIN_SCALE
 from exporter.calibrator import observe_images
 from exporter.errors import InputError
 from exporter.graph import graph_sha256, quantizable, require_nodes
-from exporter.quantization.chain_quantizer import observe_ranges
+from exporter.quantization.chain_observer import observe_ranges
 from exporter.quantization.plain_chain import PlainChain, with_chain
 from exporter.quantize import FP8, quantize
 from exporter.running.image_set import ImageSet

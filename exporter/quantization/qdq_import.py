@@ -31,8 +31,8 @@ import onnx
 from onnx import numpy_helper
 
 from exporter.errors import InputError
-from exporter.graph import QUANTIZED_OPS, attributes
-from exporter.quantization.qdq_removal import Edge, Grid, Removal, label, remove_quantizers
+from exporter.graph import QUANTIZED_OPS, attributes, label
+from exporter.quantization.qdq_removal import Edge, Grid, Removal, remove_quantizers
 from exporter.quantize import RoundedWeight
 
 _COMMUTING = {

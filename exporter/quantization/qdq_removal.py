@@ -31,7 +31,7 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from exporter.errors import InputError
-from exporter.graph import attributes
+from exporter.graph import attributes, label
 
 Array = npt.NDArray[Any]
 Edge = tuple[int, int]
@@ -41,7 +41,6 @@ _FOLDABLE = {
     "Cast", "Concat", "Constant", "Div", "Identity", "Mul", "Reshape", "Squeeze", "Transpose",
     "Unsqueeze",
 }  # fmt: skip
-_PAIR = ("QuantizeLinear", "DequantizeLinear")
 _INTEGER_OPS = {
     "ConvInteger", "DynamicQuantizeLinear", "DynamicQuantizeMatMul", "MatMulInteger",
     "MatMulIntegerToFloat", "MatMulNBits", "QGemm",
@@ -114,11 +113,6 @@ def remove_quantizers(model: onnx.ModelProto) -> Removal:
         elif not _fold(node, graph, model.opset_import):
             _keep(node, graph)
     return graph
-
-
-def label(node: onnx.NodeProto) -> str:
-    """A node's name, or what it computes where it has none."""
-    return node.name or str(node.output[0])
 
 
 def _array(tensor: onnx.TensorProto) -> Array:

@@ -23,7 +23,8 @@ from exporter.calibrator import observe_images, table_by
 from exporter.errors import InputError
 from exporter.graph import attributes, quantizable, require_nodes, with_outputs
 from exporter.precision import largest_magnitudes, require_half_range
-from exporter.quantization.chain_quantizer import observe_chain, quantize_observed
+from exporter.quantization.chain_observer import observe_chain
+from exporter.quantization.chain_quantizer import quantize_observed
 from exporter.quantization.half_nodes import in_half
 from exporter.quantization.onnx_kernels import OnnxKernels
 from exporter.quantization.plain_chain import PlainChain

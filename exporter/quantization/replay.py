@@ -16,7 +16,8 @@ from calibration.table import IMPORTED, CalibrationTable
 from exporter.errors import InputError
 from exporter.files.text_file import read_text
 from exporter.graph import graph_sha256
-from exporter.quantization.chain_quantizer import Sampler, integer_graph
+from exporter.quantization.chain_observer import Sampler
+from exporter.quantization.chain_quantizer import integer_graph
 from exporter.quantization.half_nodes import in_half
 from exporter.quantization.onnx_kernels import OnnxKernels
 from exporter.quantization.plain_chain import PlainChain, with_chain

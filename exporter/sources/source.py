@@ -1,4 +1,4 @@
-"""The first stage: from a valid spec to the trained network and the images it is judged on."""
+"""The first stage: from a valid spec to the trained network and where it came from."""
 
 from __future__ import annotations
 

@@ -25,7 +25,6 @@ from exporter.spec import ExportSpec, Precision
 from exporter.stages.judge import Judge
 from models import BlockEquivalence
 
-REFERENCE_IMAGES = 8
 TENSORRT_CACHE_VERSION = "10.3.0"
 """The TensorRT of JetPack 6, whose DLA still reads calibration caches."""
 
@@ -76,14 +75,14 @@ def gather(
 
     The graphs are those of :func:`exporter.localization.layers.measure_layers`.
     """
-    (batch, *_) = judge.images.samples(REFERENCE_IMAGES)
+    (batch, *_) = judge.images.samples(files.REFERENCE_IMAGES)
     compared = graph if graph is not model else None
     judge.record_layers(measure_layers(exported, model, compared, precision, batch))
 
 
 def write_reference(folder: Path, inputs: Inputs, judge: Judge, prologue: Prologue | None) -> None:
     """Write a few real inputs, as the graph takes them, and the original's outputs for them."""
-    (sample, *_) = judge.images.samples(REFERENCE_IMAGES)
+    (sample, *_) = judge.images.samples(files.REFERENCE_IMAGES)
     ports = inputs.interface
     given = sample if prologue is None else prologue.pixels(sample)
     arrays = {port.name: array for port, array in zip(ports.inputs, given, strict=True)}

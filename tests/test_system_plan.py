@@ -252,12 +252,14 @@ def test_the_ledger_of_a_deferred_bundle_keeps_the_engine_not_run(deferred):
 
 
 def test_the_user_is_told_that_there_is_no_engine_yet(deferred):
-    """A note, in the manifest too; the closing line; the report."""
+    """A note, in the manifest too; the closing line; the table of files; the report."""
     out, process = deferred
     note = "no engine for orin-nano (sm87) yet; on the device: repvgg-export build BUNDLE"
     assert f"note: {note}\n" in process.stderr
     assert note in json.loads((out / "manifest.json").read_text())["notes"]
     assert f"\n{out}: no engine yet for sm87; " in process.stdout
+    (row,) = (line for line in process.stdout.splitlines() if line.startswith("│ engine.json "))
+    assert "why there is no engine, and how to build it" == row.split("│")[3].strip()
     page = (out / "report.html").read_text()
     assert f"No engine for sm87 yet: {REASON}." in page
     assert "trtexec --onnx=model.fp16.onnx" in page

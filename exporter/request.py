@@ -178,7 +178,7 @@ def _weights_complaints(weights: str | None, variant: Variant) -> list[str]:
     if weights is None and bundled_weights(variant.name) is None:
         return [
             f"no weights are bundled for {variant.name}: pass {weights_advice(variant)}; "
-            "WEIGHTS=random exports an untrained network"
+            "--weights random exports an untrained network"
         ]
     name, at, revision = str(weights).partition("@")
     if name == HUB:

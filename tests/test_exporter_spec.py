@@ -312,16 +312,16 @@ def test_a_drop_is_a_number_of_points(drop: float) -> None:
 def test_only_a0_has_bundled_weights(name: str) -> None:
     """Every other variant asks for weights and says which forms there are."""
     found = complaint(model=name)
-    assert f"no weights are bundled for {name}: pass WEIGHTS=path/to/checkpoint" in found
-    assert found.endswith("WEIGHTS=random exports an untrained network")
+    assert f"no weights are bundled for {name}: pass --weights path/to/checkpoint" in found
+    assert found.endswith("--weights random exports an untrained network")
 
 
 def test_advice_names_the_public_repository_where_there_is_one() -> None:
     """The hub is offered only for variants that it has."""
-    assert "WEIGHTS=path/to/checkpoint or WEIGHTS=hub (timm/repvgg_b1g4.rvgg_in1k)" == (
+    assert "--weights path/to/checkpoint or --weights hub (timm/repvgg_b1g4.rvgg_in1k)" == (
         weights_advice(VARIANTS["B1g4"])
     )
-    assert "WEIGHTS=path/to/checkpoint" == weights_advice(VARIANTS["B1g2"])
+    assert "--weights path/to/checkpoint" == weights_advice(VARIANTS["B1g2"])
 
 
 @pytest.mark.parametrize("weights", ["random", "hub", f"hub@{'0a' * 20}"])
@@ -339,7 +339,7 @@ def test_a_hub_revision_is_a_full_commit(revision: str) -> None:
 
 def test_the_hub_is_refused_for_variants_that_it_lacks() -> None:
     """B1g2 was never published there."""
-    expected = "no public weights are known for B1g2: pass WEIGHTS=path/to/checkpoint"
+    expected = "no public weights are known for B1g2: pass --weights path/to/checkpoint"
     assert expected == complaint(model="B1g2", weights="hub")
 
 

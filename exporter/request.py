@@ -100,6 +100,8 @@ def validate(request: ExportRequest, network: Variant | str | None = None) -> Ex
     pixels = parsed(lambda: choice(Layout, "layout", layout)) if layout is not None else None
     if pixels is not None and request.dla is not None and not request.gpu_fallback:
         complaints.append(_NO_DLA)
+    if request.dla is None and not request.gpu_fallback:
+        complaints.append("--no-gpu-fallback belongs to --dla")
     build = parsed(lambda: _build_options(request))
     batch = parsed(lambda: BatchProfile.parse(request.batch or str(DEFAULT_BATCH)))
     size = request.image_size
@@ -208,7 +210,14 @@ def _dynamic_size_complaints(profile: SizeProfile, image_size: tuple[int, int] |
 
 
 _OWNERS = {
-    "int8": ("recipe", "power_of_two", "calibration_table", "quantization", "calibration_cache"),
+    "int8": (
+        "recipe",
+        "power_of_two",
+        "calibration_table",
+        "quantization",
+        "calibration_cache",
+        "allow_emulated",
+    ),
     "int8 and fp8": ("keep_float", "per_tensor_weights"),
 }
 

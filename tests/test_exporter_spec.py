@@ -253,6 +253,16 @@ def test_what_only_int8_can_obey_is_refused_at_other_precisions() -> None:
     )
 
 
+def test_permissions_that_nothing_can_use_are_refused() -> None:
+    """No DLA, no fallback from it; and only INT8 is computed in half."""
+    assert "--no-gpu-fallback belongs to --dla" == complaint(gpu_fallback=False)
+    assert "--allow-emulated belongs to int8, not to fp16" == complaint(
+        precision="fp16", allow_emulated=True
+    )
+    # Which target is built for may only be known on the device.
+    assert validate(ExportRequest(model="A0", allow_emulated=True)).build.allow_emulated
+
+
 def test_the_scales_of_int8_come_from_one_place() -> None:
     """A calibration cache beside explicit quantization would be dropped in silence."""
     assert "a calibration cache belongs to implicit quantization, not explicit" == complaint(

@@ -152,6 +152,27 @@ def validate(request: ExportRequest, network: Variant | str | None = None) -> Ex
     )
 
 
+def absences(request: ExportRequest) -> list[str]:
+    """A clause for each folder and file of images, preprocessing and scales that is not there.
+
+    Only whether it is there: what it holds is for the stage that reads it.
+    """
+    complaints = []
+    for folder in filter(None, (request.calibration, request.evaluation)):
+        if not Path(folder).is_dir():
+            what = "is not a folder" if Path(folder).exists() else "does not exist"
+            complaints.append(f"image folder {folder} {what}")
+    files = {
+        "preprocess file": None if request.preprocess == "imagenet" else request.preprocess,
+        "calibration table": request.calibration_table,
+        "calibration cache": request.calibration_cache,
+    }
+    for what, file in files.items():
+        if file and not Path(file).is_file():
+            complaints.append(f"{what} {file} does not exist or is no file")
+    return complaints
+
+
 def _build_options(request: ExportRequest) -> BuildOptions:
     dla = None
     if request.dla is not None:

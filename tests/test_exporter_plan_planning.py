@@ -163,6 +163,36 @@ def test_a_checkpoint_of_unknown_classes_is_noted(tmp_path):
     assert () == plan(weights=str(weights), num_classes=5, precision="fp16").notes
 
 
+def test_a_graph_with_scales_is_planned_without_images(tmp_path):
+    """They would only check its scales."""
+    graph = tmp_path / "qat.onnx"
+    graph.touch()
+    for given, names in ({}, ["quantize"]), ({"calibration": "photos"}, ["calibrate", "quantize"]):
+        made = plan(weights=str(graph), **given)
+        assert names == [s.name for s in made.stages if s.name in ("calibrate", "quantize")]
+        assert () == made.warnings
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_the_plan_of_own_weights_does_not_promise_bundled_images(precision):
+    """`engine` takes them for the bundled and for random weights alone."""
+
+    def calibrate(**request):
+        made = plan(precision=precision, target="sm89", **request)
+        return next(stage.what for stage in made.stages if stage.name == "calibrate")
+
+    assert "observe up to 512 calibration images (the bundled images)" == calibrate()
+    assert "observe up to 512 calibration images (the bundled images)" == calibrate(
+        model="A1", weights="random"
+    )
+    assert "observe up to 512 calibration images (none were named: pass --calib)" == calibrate(
+        model="A1", weights="hub"
+    )
+    assert "observe up to 512 calibration images (photos)" == calibrate(
+        model="A1", weights="hub", calibration="photos"
+    )
+
+
 @pytest.mark.parametrize(
     ("version", "precision", "words"),
     [

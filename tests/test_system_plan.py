@@ -184,6 +184,50 @@ def test_what_a_builder_cannot_obey_is_refused_before_the_work(capsys, arguments
     assert f"repvgg-export: {sentence}\n" == capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["plan", "engine"])
+def test_what_is_not_there_is_refused_all_at_once(name, capsys, tmp_path):
+    """By `plan` and `engine` alike, before anything is loaded; exit code 2, nothing written."""
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "letter").write_text("dear")
+    given = {
+        "--calib": "nope", "--evaluation": "taken/letter", "--preprocess": "nope3",
+        "--calibration-table": "taken", "--calibration-cache": "nope5", "--out": "taken",
+    }  # fmt: skip
+    words = [word for option, path in given.items() for word in (option, str(tmp_path / path))]
+    assert 2 == main([name, "A0", *words, "--batch", "x", "--quiet"])
+    assert (
+        "repvgg-export: batch 'x' must be one number or min:opt:max, such as 1:8:32; "
+        f"image folder {tmp_path}/nope does not exist; "
+        f"image folder {tmp_path}/taken/letter is not a folder; "
+        f"preprocess file {tmp_path}/nope3 does not exist or is no file; "
+        f"calibration table {tmp_path}/taken does not exist or is no file; "
+        f"calibration cache {tmp_path}/nope5 does not exist or is no file; "
+        f"OUT {tmp_path}/taken exists and is no bundle; name a new folder or remove it first\n"
+    ) == capsys.readouterr().err
+    assert ["letter"] == [path.name for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_plan_may_replace_a_bundle_or_an_empty_folder(capsys, tmp_path):
+    """As `engine` does; a file in the place of OUT is refused."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "manifest.json").write_text("{}")
+    for name in ("empty", "bundle", "new"):
+        assert 0 == main(["plan", "A0", "--target", "orin", "--out", str(tmp_path / name)])
+    (tmp_path / "file").write_text("")
+    assert 2 == main(["plan", "A0", "--target", "orin", "--out", str(tmp_path / "file")])
+    assert "file exists and is no bundle; name a new folder" in capsys.readouterr().err
+
+
+def test_a_plan_of_no_classes_is_refused(capsys):
+    """It would be one of 1000."""
+    assert 2 == main(["plan", "A0", "--classes", "0", "--batch", "x"])
+    assert (
+        "repvgg-export: batch 'x' must be one number or min:opt:max, such as 1:8:32; "
+        "classes must be at least 1, not 0\n"
+    ) == capsys.readouterr().err
+
+
 def test_an_int8_dla_engine_is_deferred_with_all_that_the_device_needs(command, tmp_path):
     """No file to be named: the bundle records the DLA and has the scales for it."""
     out = tmp_path / "bundle"

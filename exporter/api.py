@@ -71,7 +71,7 @@ def export(
     forward takes float tensors ``[N, ...]`` and returns one, or tuples, lists or dicts of them.
     Only the blocks are fused; everything else is exported as it is. example_input: float tensor
     ``[N, ...]``, or a tuple of one an input; fixes all sizes but the batch. weights: as
-    ``WEIGHTS=``: a checkpoint, ``"hub"`` or ``"random"``. precision: ``"fp32"``, ``"fp16"``,
+    ``--weights``: a checkpoint, ``"hub"`` or ``"random"``. precision: ``"fp32"``, ``"fp16"``,
     ``"bf16"``, ``"int8"`` or ``"fp8"``. calibration: a folder of images, or float32 arrays that are
     already preprocessed: one ``[N, ...]``, a tuple of one an input, or an iterable of either, which
     is read once, into memory. evaluation: the same, to compare the stages on; without it the

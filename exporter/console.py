@@ -86,27 +86,37 @@ _STAGES = {
     "float": "float graph",
     "draft": "graphs and evidence",
     "engine": "engine",
+    "publish": "publishing",
 }
-"""What people call the stages that are kept."""
+"""What people call the stages of `--explain`."""
 
 
 def print_stages(result: ExportResult) -> None:
-    """`--explain`: each stage that can be kept, whether it was, and what has changed."""
+    """`--explain`: each stage, whether it was reused, and what has changed. No second is in two."""
     from rich.table import Table
 
     table = Table("stage", "", title="stages", title_justify="left")
     for name in ("now s", "made in s"):
         table.add_column(name, justify="right")
     table.add_column("why", overflow="fold")
+    uses = {use.stage: use for use in result.stages}
+    # It is asked for within the draft, which therefore counts its seconds too.
+    within = uses["float"].seconds if "float" in uses else 0.0
     for use in result.stages:
-        figures = (f"{use.seconds:.2f}", f"{use.made_in:.2f}")
+        taken = within if use.stage == "draft" else 0.0
+        made_in = use.made_in if use.reused else use.made_in - taken
         words = [
             f"{name}: {was or '-'} -> {now or '-'}" for name, (was, now) in use.changed.items()
         ]
         why = "nothing has changed" if use.reused else "\n".join(words) or use.reason
+        figures = (f"{use.seconds - taken:.2f}", f"{made_in:.2f}")
         table.add_row(_STAGES[use.stage], "reused" if use.reused else "made", *figures, why)
+    for stage in ("engine", "publish"):
+        if stage in result.seconds and stage not in uses:
+            spent = f"{result.seconds[stage]:.2f}"
+            table.add_row(_STAGES[stage], "made", spent, spent, "is never kept")
     print_table(table)
-    draft = next(use for use in result.stages if use.stage == "draft")
+    draft = uses["draft"]
     print_line(f"up to the builder: {draft.seconds:.2f} s, {draft.made_in:.2f} s when it was made")
 
 

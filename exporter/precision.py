@@ -108,7 +108,7 @@ def to_type(kind: NarrowType, model: onnx.ModelProto) -> onnx.ModelProto:
 def _no_form(kind: NarrowType, error: Exception) -> GateFailedError:
     first_line = str(error).strip().splitlines()[0]
     return GateFailedError(
-        f"the graph has no {kind.name} form: {first_line}; use PRECISION=fp32 or int8"
+        f"the graph has no {kind.name} form: {first_line}; use --precision fp32 or int8"
     )
 
 
@@ -253,7 +253,7 @@ def _overflow(name: str, largest: float, kind: NarrowType = HALF) -> GateFailedE
     wider = "bf16, fp32" if kind is HALF else "fp32"
     return GateFailedError(
         f"{kind.name} overflow in {name}: its values reach {largest:.7g}, {kind.name} ends at "
-        f"{kind.largest:g}; use PRECISION={wider} or int8"
+        f"{kind.largest:g}; use --precision {wider} or int8"
     )
 
 

@@ -100,6 +100,8 @@ def validate(request: ExportRequest, network: Variant | str | None = None) -> Ex
     pixels = parsed(lambda: choice(Layout, "layout", layout)) if layout is not None else None
     if pixels is not None and request.dla is not None and not request.gpu_fallback:
         complaints.append(_NO_DLA)
+    if request.dla is None and not request.gpu_fallback:
+        complaints.append("--no-gpu-fallback belongs to --dla")
     build = parsed(lambda: _build_options(request))
     batch = parsed(lambda: BatchProfile.parse(request.batch or str(DEFAULT_BATCH)))
     size = request.image_size
@@ -150,6 +152,27 @@ def validate(request: ExportRequest, network: Variant | str | None = None) -> Ex
     )
 
 
+def absences(request: ExportRequest) -> list[str]:
+    """A clause for each folder and file of images, preprocessing and scales that is not there.
+
+    Only whether it is there: what it holds is for the stage that reads it.
+    """
+    complaints = []
+    for folder in filter(None, (request.calibration, request.evaluation)):
+        if not Path(folder).is_dir():
+            what = "is not a folder" if Path(folder).exists() else "does not exist"
+            complaints.append(f"image folder {folder} {what}")
+    files = {
+        "preprocess file": None if request.preprocess == "imagenet" else request.preprocess,
+        "calibration table": request.calibration_table,
+        "calibration cache": request.calibration_cache,
+    }
+    for what, file in files.items():
+        if file and not Path(file).is_file():
+            complaints.append(f"{what} {file} does not exist or is no file")
+    return complaints
+
+
 def _build_options(request: ExportRequest) -> BuildOptions:
     dla = None
     if request.dla is not None:
@@ -178,7 +201,7 @@ def _weights_complaints(weights: str | None, variant: Variant) -> list[str]:
     if weights is None and bundled_weights(variant.name) is None:
         return [
             f"no weights are bundled for {variant.name}: pass {weights_advice(variant)}; "
-            "WEIGHTS=random exports an untrained network"
+            "--weights random exports an untrained network"
         ]
     name, at, revision = str(weights).partition("@")
     if name == HUB:
@@ -208,7 +231,14 @@ def _dynamic_size_complaints(profile: SizeProfile, image_size: tuple[int, int] |
 
 
 _OWNERS = {
-    "int8": ("recipe", "power_of_two", "calibration_table", "quantization", "calibration_cache"),
+    "int8": (
+        "recipe",
+        "power_of_two",
+        "calibration_table",
+        "quantization",
+        "calibration_cache",
+        "allow_emulated",
+    ),
     "int8 and fp8": ("keep_float", "per_tensor_weights"),
 }
 

@@ -153,5 +153,5 @@ def choice(kind: type[E], what: str, text: str) -> E:
 
 def weights_advice(variant: Variant) -> str:
     """How to pass trained weights for ``variant``, in one clause."""
-    hub = f" or WEIGHTS=hub ({public_repository(variant.name)})"
-    return f"WEIGHTS=path/to/checkpoint{hub if public_repository(variant.name) else ''}"
+    hub = f" or --weights hub ({public_repository(variant.name)})"
+    return f"--weights path/to/checkpoint{hub if public_repository(variant.name) else ''}"

@@ -142,7 +142,7 @@ def require_network(checkpoint: Checkpoint, expected: Variant | None = None) -> 
     elif expected is None:
         problem = checkpoint.mixed or str(checkpoint.nearest)
     elif variant is not None:
-        fits = f"its shapes fit {variant.name}; use MODEL={variant.name}"
+        fits = f"its shapes fit {variant.name}; export it as {variant.name}"
         problem = f"is not RepVGG-{expected.name}: {fits}"
     else:
         problem = _misfit(checkpoint, expected)

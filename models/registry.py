@@ -93,7 +93,7 @@ def fetch_public(variant: str, revision: str | None = None) -> PublicWeights:
     at = f" at commit {revision}" if revision else ""
     advice = (
         f"fetch {PUBLIC_FILE} from {repository} on the Hugging Face hub{at} by hand and pass "
-        f"WEIGHTS=path/to/{PUBLIC_FILE}"
+        f"--weights path/to/{PUBLIC_FILE}"
     )
     try:
         from huggingface_hub import HfApi, hf_hub_download

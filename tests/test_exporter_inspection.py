@@ -623,13 +623,26 @@ def test_a_bundle_with_odd_entries_is_described_all_the_same(tmp_path):
 
 # --- what cannot be read -----------------------------------------------------------------------
 
+NOTHING = (
+    "nothing that inspect knows (a checkpoint, an ONNX, a bundle, an engine or a calibration table)"
+)
+
+
+def refused(path):
+    """Why."""
+    with pytest.raises(InputError) as caught:
+        inspect_file(path)
+    return str(caught.value)
+
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"", "is empty"),
-        (b"notes\n" * 50, "is damaged, truncated or not a file of weights"),
-        (b'{"a": 1}', "is JSON but no calibration table"),
+        (b'{"a": 1, "method": "full"}', "is JSON but no calibration table"),
+        (b'{"method": "full", "tensors": {', "is JSON but no calibration table"),
+        (b"\x80\x02 half a pickle", "is damaged, truncated or not a file of weights"),
+        (b"\x40" + bytes(7) + b'{"half', "is damaged, truncated or not a safetensors file"),
         (b"TRT-100300-EntropyCalibration2\nx", "calibration cache line 2"),
         (b"TRT-100300-\xff\xfe", "is not text from byte 11 on"),
         (b"\x08\x08\xff\xff", "is damaged, truncated or not an ONNX model"),
@@ -653,7 +666,7 @@ def test_places_that_hold_no_file_are_refused(tmp_path):
     (tmp_path / "manifest.json").write_text("[]")
     for path, message in (
         (tmp_path / "missing", "does not exist"),
-        (tmp_path, "is not a bundle"),
+        (tmp_path, "is not a bundle: manifest.json is no JSON object"),
         (tmp_path / "a\0b", "does not exist"),
         (tmp_path / "manifest.json", "is a bundle's manifest; inspect its folder"),
     ):
@@ -661,12 +674,43 @@ def test_places_that_hold_no_file_are_refused(tmp_path):
             inspect_file(path)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"# RepVGG\n" * 50,
+        b"\x89PNG\r\n\x1a\n" + bytes(50),
+        b'{"verdict": "pass", "stages": []}',
+        b'{"bundle": "build/A0-int8", "top1": 0.98}',
+        b"{ not JSON at all",
+    ],
+)
+def test_what_is_none_of_the_kinds_is_not_called_a_damaged_one(tmp_path, content):
+    """Notes, a picture, the records of a bundle, what `evaluate --json` prints."""
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    assert f"{path} is {NOTHING}" == refused(path)
+
+
+def test_a_name_says_what_content_no_longer_can(tmp_path):
+    """A file of weights whose beginning was overwritten is still told as one."""
+    for name in ("w.pth", "w.pt", "w.safetensors"):
+        (tmp_path / name).write_bytes(bytes(50))
+        assert "is damaged, truncated or not a" in refused(tmp_path / name)
+
+
+def test_a_folder_of_images_is_not_called_a_broken_bundle(tmp_path):
+    """One that has a bundle's records but no manifest is."""
+    (tmp_path / "cat").mkdir()
+    assert f"{tmp_path} is {NOTHING}" == refused(tmp_path)
+    (tmp_path / "parity.json").write_text("{}")
+    assert refused(tmp_path).startswith(f"{tmp_path} is not a bundle: manifest.json cannot be read")
+
+
 def test_a_reference_archive_is_no_checkpoint(tmp_path):
-    """A zip that torch did not write is refused."""
+    """Nor is any other zip that torch did not write; no torch is needed to tell."""
     with zipfile.ZipFile(tmp_path / "r.npz", "w") as archive:
         archive.writestr("images.npy", b"x")
-    with pytest.raises(InputError, match="not a file of weights"):
-        inspect_file(tmp_path / "r.npz")
+    assert f"{tmp_path / 'r.npz'} is {NOTHING}" == refused(tmp_path / "r.npz")
 
 
 @given(content=st.binary(min_size=1, max_size=100))

@@ -108,7 +108,7 @@ def test_a_weight_beyond_half_is_named(value: float) -> None:
     kernel = np.zeros(SHAPES["w1"])
     kernel[3, 2, 1, 0] = value
     with pytest.raises(
-        GateFailedError, match=r"half overflow in w1: .*PRECISION=bf16, fp32 or int8$"
+        GateFailedError, match=r"half overflow in w1: .*--precision bf16, fp32 or int8$"
     ):
         to_type(HALF, graph(w1=kernel))
 
@@ -172,7 +172,7 @@ def test_the_first_layer_beyond_half_is_named() -> None:
         require_half_range(magnitudes)
     assert (
         "half overflow in stage1.0: its values reach 65505, half ends at 65504; "
-        "use PRECISION=bf16, fp32 or int8"
+        "use --precision bf16, fp32 or int8"
     ) == str(caught.value)
 
 
@@ -327,7 +327,7 @@ def test_bfloat16_holds_what_half_cannot() -> None:
         to_type(BFLOAT16, graph(b1=np.full(8, 3.4e38)))
     assert (
         "bfloat16 overflow in b1: its values reach 3.4e+38, bfloat16 ends at 3.38953e+38; "
-        "use PRECISION=fp32 or int8"
+        "use --precision fp32 or int8"
     ) == str(caught.value)
 
 

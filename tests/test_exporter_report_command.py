@@ -64,7 +64,8 @@ def test_the_command_line_makes_the_same_request_again(
     options: dict[str, Any], sizes: tuple[str | None, str | None]
 ) -> None:
     """Read back by the command's own parser, paths with spaces and quotes included."""
-    without_fallback = options["dla"] is not None and not options["gpu_fallback"]
+    without_fallback = not options["gpu_fallback"]
+    assume(options["dla"] is not None or not without_fallback)
     assume(options["with_preprocess"] is None or not without_fallback)
     spec = validate(ExportRequest(**options, image_size=sizes[0], dynamic_size=sizes[1]))
     words = shlex.split(command_line(spec.to_json()))

@@ -253,6 +253,16 @@ def test_what_only_int8_can_obey_is_refused_at_other_precisions() -> None:
     )
 
 
+def test_permissions_that_nothing_can_use_are_refused() -> None:
+    """No DLA, no fallback from it; and only INT8 is computed in half."""
+    assert "--no-gpu-fallback belongs to --dla" == complaint(gpu_fallback=False)
+    assert "--allow-emulated belongs to int8, not to fp16" == complaint(
+        precision="fp16", allow_emulated=True
+    )
+    # Which target is built for may only be known on the device.
+    assert validate(ExportRequest(model="A0", allow_emulated=True)).build.allow_emulated
+
+
 def test_the_scales_of_int8_come_from_one_place() -> None:
     """A calibration cache beside explicit quantization would be dropped in silence."""
     assert "a calibration cache belongs to implicit quantization, not explicit" == complaint(
@@ -312,16 +322,16 @@ def test_a_drop_is_a_number_of_points(drop: float) -> None:
 def test_only_a0_has_bundled_weights(name: str) -> None:
     """Every other variant asks for weights and says which forms there are."""
     found = complaint(model=name)
-    assert f"no weights are bundled for {name}: pass WEIGHTS=path/to/checkpoint" in found
-    assert found.endswith("WEIGHTS=random exports an untrained network")
+    assert f"no weights are bundled for {name}: pass --weights path/to/checkpoint" in found
+    assert found.endswith("--weights random exports an untrained network")
 
 
 def test_advice_names_the_public_repository_where_there_is_one() -> None:
     """The hub is offered only for variants that it has."""
-    assert "WEIGHTS=path/to/checkpoint or WEIGHTS=hub (timm/repvgg_b1g4.rvgg_in1k)" == (
+    assert "--weights path/to/checkpoint or --weights hub (timm/repvgg_b1g4.rvgg_in1k)" == (
         weights_advice(VARIANTS["B1g4"])
     )
-    assert "WEIGHTS=path/to/checkpoint" == weights_advice(VARIANTS["B1g2"])
+    assert "--weights path/to/checkpoint" == weights_advice(VARIANTS["B1g2"])
 
 
 @pytest.mark.parametrize("weights", ["random", "hub", f"hub@{'0a' * 20}"])
@@ -339,7 +349,7 @@ def test_a_hub_revision_is_a_full_commit(revision: str) -> None:
 
 def test_the_hub_is_refused_for_variants_that_it_lacks() -> None:
     """B1g2 was never published there."""
-    expected = "no public weights are known for B1g2: pass WEIGHTS=path/to/checkpoint"
+    expected = "no public weights are known for B1g2: pass --weights path/to/checkpoint"
     assert expected == complaint(model="B1g2", weights="hub")
 
 

@@ -74,6 +74,13 @@ def test_a_log_that_cannot_be_written_is_refused_in_one_sentence(command, tmp_pa
     assert f'{{"error": "{sentence}", "exit_code": 2}}\n' == done.stdout
 
 
+def test_a_log_may_lie_in_a_folder_that_the_command_is_to_make(tmp_path):
+    """As in `--results results --log-file results/parity.log` of the ready-made CI files."""
+    with RunLog(tmp_path / "results" / "of" / "parity.log", clock=every_second()) as log:
+        log.write("note", "one")
+    assert [tmp_path / "results" / "of" / "parity.log"] == [*tmp_path.rglob("*.log")]
+
+
 @given(st.text(st.characters(codec=None), max_size=50))
 def test_a_sentence_is_one_line_that_every_terminal_can_show(text):
     """Line ends, colours and halves of surrogate pairs stand in it as Python writes them."""

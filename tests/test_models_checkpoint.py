@@ -248,7 +248,7 @@ def test_every_variant_is_told_from_its_shapes(tmp_path, name, form):
         state = RepVGG(VARIANTS[name], num_classes=2, deploy=form == "deploy").state_dict()
     torch.save(state, tmp_path / "w.pth")  # names and shapes only: tensors on meta have no data
     other = "B3" if name != "B3" else "A0"
-    assert f"is not RepVGG-{other}: its shapes fit {name}; use MODEL={name}" == refusal(
+    assert f"is not RepVGG-{other}: its shapes fit {name}; export it as {name}" == refusal(
         tmp_path / "w.pth", VARIANTS[other]
     )
 
@@ -257,9 +257,9 @@ def test_every_variant_is_told_from_its_shapes(tmp_path, name, form):
 
 
 def test_another_variant_is_named(a0):
-    """A0's file under MODEL=B1g4 says what it is and how to use it."""
+    """A0's file under B1g4 says what it is and how to use it."""
     path, _ = a0
-    message = "is not RepVGG-B1g4: its shapes fit A0; use MODEL=A0"
+    message = "is not RepVGG-B1g4: its shapes fit A0; export it as A0"
     assert message == refusal(path, VARIANTS["B1g4"])
 
 

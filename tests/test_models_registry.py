@@ -267,7 +267,7 @@ def test_a_hub_that_fails_names_repository_and_file(monkeypatch, error, revision
     assert str(caught.value) == (
         f"timm/repvgg_a2.rvgg_in1k cannot be downloaded here ({type(error).__name__}); fetch "
         f"model.safetensors from timm/repvgg_a2.rvgg_in1k on the Hugging Face hub{at} by hand and "
-        "pass WEIGHTS=path/to/model.safetensors"
+        "pass --weights path/to/model.safetensors"
     )
     assert caught.value.__cause__ is error
 

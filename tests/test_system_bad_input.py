@@ -100,8 +100,8 @@ def test_a_variant_without_bundled_weights_needs_weights(refused):
     """B1 alone is refused, with the way to pass weights."""
     message = refused(2, "B1")
     assert "no weights are bundled for B1" in message
-    assert "WEIGHTS=path" in message
-    assert "WEIGHTS=hub (timm/repvgg_b1.rvgg_in1k)" in message
+    assert "--weights path" in message
+    assert "--weights hub (timm/repvgg_b1.rvgg_in1k)" in message
 
 
 def test_hub_weights_offline_exit_3_and_name_the_file_to_fetch(refused):
@@ -140,9 +140,9 @@ def test_a_file_that_is_no_checkpoint_is_refused(refused, tmp_path):
 
 
 def test_a_checkpoint_of_another_variant_is_named_for_what_it_fits(refused):
-    """A0's weights under MODEL=A1 say that they fit A0."""
+    """A0's weights under A1 say that they fit A0."""
     path = str(bundled_weights("A0").checkpoint)
-    assert "its shapes fit A0; use MODEL=A0" in refused(2, "A1", "--weights", path)
+    assert "its shapes fit A0; export it as A0" in refused(2, "A1", "--weights", path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -185,7 +185,7 @@ def test_missing_and_empty_calibration_folders_are_refused(refused, tmp_path):
 def test_int8_of_own_weights_without_calibration_images_is_refused(refused):
     """The bundled images are not taken for another network's data."""
     path = str(bundled_weights("A0").checkpoint)
-    assert "CALIB=folder" in refused(2, "A0", "--weights", path)
+    assert "--calib folder" in refused(2, "A0", "--weights", path)
 
 
 def test_a_corrupt_calibration_image_is_named(refused, images):

@@ -279,8 +279,8 @@ def test_the_user_is_told_that_the_bundled_weights_were_used_and_how_to_pass_oth
     assert notes == json.loads((out / "manifest.json").read_text())["notes"]
     assert 1 == len(notes)
     assert "bundled weights" in notes[0]
-    assert "WEIGHTS=path" in notes[0]
-    assert "WEIGHTS=hub" in notes[0]
+    assert "--weights path" in notes[0]
+    assert "--weights hub" in notes[0]
 
 
 def test_reference_npz_holds_real_inputs_and_the_original_networks_outputs(bundles):

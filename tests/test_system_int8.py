@@ -231,7 +231,7 @@ def test_the_command_shows_the_ladder_and_the_curve(command, tmp_path):
     assert 1 == process.returncode
     assert "Layers in half" in process.stdout
     assert 1 == len(process.stderr.strip().splitlines()[-1:])
-    assert "no choice of layers in half passes either: use PRECISION=fp16" in process.stderr
+    assert "no choice of layers in half passes either: use --precision fp16" in process.stderr
 
 
 def test_the_folder_of_a_failed_run_holds_nothing(command, tmp_path):

@@ -47,7 +47,7 @@ def deferred(command, tmp_path_factory):
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_a_plan_foretells_stages_files_targets_and_sizes(command, bundles, precision):
-    """What `engine` then made: the same names; graphs within 1 %, the engine within 15 %."""
+    """What `engine` then made: the same names; graphs within 1 %, the engine within 5 %."""
     out, process = bundles(precision)
     made = json.loads(process.stdout)
     plan = planned(command, "A0", "--precision", precision)
@@ -56,7 +56,7 @@ def test_a_plan_foretells_stages_files_targets_and_sizes(command, bundles, preci
     assert made["engine"]["targets"] == plan["engine"]["build_here"]
     sizes = {file["name"]: file["bytes"] for file in plan["files"] if file["bytes"] is not None}
     for name, size in sizes.items():
-        tolerance = 0.15 if name == "model.engine" else 0.01
+        tolerance = 0.05 if name == "model.engine" else 0.01
         assert (out / name).stat().st_size == pytest.approx(size, rel=tolerance), name
 
 
@@ -68,7 +68,7 @@ def test_a_plan_writes_nothing_and_reads_well(command, tmp_path):
     for part in (
         "RepVGG-A0 int8: what would be done",
         "left to the device for orin (sm87)",
-        "engine deferred, about 9.2 MB",
+        "engine deferred, about 10.4 MB",
         "trtexec --onnx=model.int8.onnx --saveEngine=model.engine --stronglyTyped "
         "--minShapes=images:1x3x64x64 --optShapes=images:8x3x64x64 --maxShapes=images:32x3x64x64",
     ):
@@ -97,6 +97,8 @@ def test_a_plan_of_a_bundle_has_its_files_and_only_the_engine_left(command, bund
     assert ["engine"] == [stage["stage"] for stage in plan["stages"]]
     for file in plan["files"]:
         assert (file["bytes"], False) == ((out / file["name"]).stat().st_size, file["estimate"])
+    size = (out / "model.engine").stat().st_size
+    assert (size, False) == (plan["engine"]["bytes"], plan["engine"]["estimate"])
     assert [{"name": "images", "shape": ["batch", 3, 64, 64]}] == plan["inputs"]
     assert f"repvgg-export build {out}" == plan["commands"][0]["line"]
     assert all("--useDLACore=1" in row["line"] for row in plan["commands"][1:])
@@ -182,6 +184,50 @@ def test_what_a_builder_cannot_obey_is_refused_before_the_work(capsys, arguments
     assert f"repvgg-export: {sentence}\n" == capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["plan", "engine"])
+def test_what_is_not_there_is_refused_all_at_once(name, capsys, tmp_path):
+    """By `plan` and `engine` alike, before anything is loaded; exit code 2, nothing written."""
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "letter").write_text("dear")
+    given = {
+        "--calib": "nope", "--evaluation": "taken/letter", "--preprocess": "nope3",
+        "--calibration-table": "taken", "--calibration-cache": "nope5", "--out": "taken",
+    }  # fmt: skip
+    words = [word for option, path in given.items() for word in (option, str(tmp_path / path))]
+    assert 2 == main([name, "A0", *words, "--batch", "x", "--quiet"])
+    assert (
+        "repvgg-export: batch 'x' must be one number or min:opt:max, such as 1:8:32; "
+        f"image folder {tmp_path}/nope does not exist; "
+        f"image folder {tmp_path}/taken/letter is not a folder; "
+        f"preprocess file {tmp_path}/nope3 does not exist or is no file; "
+        f"calibration table {tmp_path}/taken does not exist or is no file; "
+        f"calibration cache {tmp_path}/nope5 does not exist or is no file; "
+        f"OUT {tmp_path}/taken exists and is no bundle; name a new folder or remove it first\n"
+    ) == capsys.readouterr().err
+    assert ["letter"] == [path.name for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_plan_may_replace_a_bundle_or_an_empty_folder(capsys, tmp_path):
+    """As `engine` does; a file in the place of OUT is refused."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "manifest.json").write_text("{}")
+    for name in ("empty", "bundle", "new"):
+        assert 0 == main(["plan", "A0", "--target", "orin", "--out", str(tmp_path / name)])
+    (tmp_path / "file").write_text("")
+    assert 2 == main(["plan", "A0", "--target", "orin", "--out", str(tmp_path / "file")])
+    assert "file exists and is no bundle; name a new folder" in capsys.readouterr().err
+
+
+def test_a_plan_of_no_classes_is_refused(capsys):
+    """It would be one of 1000."""
+    assert 2 == main(["plan", "A0", "--classes", "0", "--batch", "x"])
+    assert (
+        "repvgg-export: batch 'x' must be one number or min:opt:max, such as 1:8:32; "
+        "classes must be at least 1, not 0\n"
+    ) == capsys.readouterr().err
+
+
 def test_an_int8_dla_engine_is_deferred_with_all_that_the_device_needs(command, tmp_path):
     """No file to be named: the bundle records the DLA and has the scales for it."""
     out = tmp_path / "bundle"
@@ -252,12 +298,14 @@ def test_the_ledger_of_a_deferred_bundle_keeps_the_engine_not_run(deferred):
 
 
 def test_the_user_is_told_that_there_is_no_engine_yet(deferred):
-    """A note, in the manifest too; the closing line; the report."""
+    """A note, in the manifest too; the closing line; the table of files; the report."""
     out, process = deferred
     note = "no engine for orin-nano (sm87) yet; on the device: repvgg-export build BUNDLE"
     assert f"note: {note}\n" in process.stderr
     assert note in json.loads((out / "manifest.json").read_text())["notes"]
     assert f"\n{out}: no engine yet for sm87; " in process.stdout
+    (row,) = (line for line in process.stdout.splitlines() if line.startswith("│ engine.json "))
+    assert "why there is no engine, and how to build it" == row.split("│")[3].strip()
     page = (out / "report.html").read_text()
     assert f"No engine for sm87 yet: {REASON}." in page
     assert "trtexec --onnx=model.fp16.onnx" in page

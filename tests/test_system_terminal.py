@@ -201,10 +201,12 @@ def test_every_command_takes_the_same_four_options_before_and_after_its_name(nam
         (("enigne",), "unknown command 'enigne' (nearest: engine); repvgg-export --help"),
         (
             ("engine", "A0", "--precison", "int8"),
-            "unknown option --precison (nearest: --precision); repvgg-export --help",
+            "engine has no option --precison (nearest: --precision); repvgg-export engine --help",
         ),
+        (("plan", "A0", "--sign", "x"), "plan has no option --sign; repvgg-export plan --help"),
+        (("verify", "a", "--sign=x"), "verify has no option --sign; repvgg-export verify --help"),
         (("verify",), "the following arguments are required: bundle; repvgg-export verify --help"),
-        (("verify", "a", "b"), "unexpected argument 'b'; repvgg-export --help"),
+        (("verify", "a", "b"), "unexpected argument 'b'; repvgg-export verify --help"),
         (
             ("engine", "A0", "--calib-images", "x"),
             "argument --calib-images: invalid int value: 'x'; repvgg-export engine --help",

@@ -93,7 +93,7 @@ def _preprocess(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (("--precision", "fp16"), "is a graph with INT8 scales: use PRECISION=int8"),
+        (("--precision", "fp16"), "is a graph with INT8 scales: use --precision int8"),
         (("--recipe", "full"), "carries its scales, which are respected: leave --recipe"),
         (("--image-size", "96"), "was exported for images of"),
     ],

@@ -6,13 +6,12 @@ import argparse
 import difflib
 import re
 import shutil
-from collections.abc import Iterable
-from typing import NoReturn
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
 
 from exporter.errors import InputError
 
 _MAX_WIDTH = 100
-_UNKNOWN = re.compile(r"unrecognized arguments: (.*)")
 _CHOICE = re.compile(r"argument COMMAND: invalid choice: '(.*?)'")
 
 
@@ -57,6 +56,20 @@ class ArgumentParser(argparse.ArgumentParser):
             formatter_class=_HelpFormatter,
         )
 
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
+        """As argparse, but what is left over is told by the command that was chosen.
+
+        Raises:
+            UsageError: where the words are no command line.
+        """
+        options, left = self.parse_known_args(args, namespace)
+        if left:
+            chosen = self._subparsers_by_name().get(getattr(options, "command", ""), self)
+            _refuse(left[0], chosen)
+        return options
+
     def error(self, message: str) -> NoReturn:
         """Raise, never return.
 
@@ -66,24 +79,10 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UsageError(f"{self._words(message)}; {self.prog} --help lists what is known")
 
     def _words(self, message: str) -> str:
-        unknown = _UNKNOWN.fullmatch(message)
-        if unknown is not None:
-            word = unknown[1].split()[0]
-            if not word.startswith("-"):
-                return f"unexpected argument {word!r}"
-            known = sorted(set(self._options()))
-            return f"unknown option {word}{_nearest(word.partition('=')[0], known)}"
         command = _CHOICE.match(message)
         if command is not None:
             return f"unknown command {command[1]!r}{_nearest(command[1], self._commands())}"
         return message
-
-    def _options(self) -> list[str]:
-        """Those of this parser, and of all commands: who asks is always the outermost parser."""
-        found = [word for action in self._actions for word in action.option_strings]
-        for command in self._subparsers_by_name().values():
-            found += [word for action in command._actions for word in action.option_strings]
-        return found
 
     def _commands(self) -> list[str]:
         return list(self._subparsers_by_name())
@@ -93,6 +92,17 @@ class ArgumentParser(argparse.ArgumentParser):
             if isinstance(action, argparse._SubParsersAction):
                 return dict(action.choices)
         return {}
+
+
+def _refuse(word: str, parser: argparse.ArgumentParser) -> NoReturn:
+    """A word that ``parser`` does not know; other commands may."""
+    if not word.startswith("-"):
+        parser.error(f"unexpected argument {word!r}")
+    option, name = word.partition("=")[0], parser.prog.split()[-1]
+    words = {known.lstrip("-"): known for known in sorted(parser._option_string_actions)}
+    near = difflib.get_close_matches(option.lstrip("-"), words, n=1)
+    hint = f" (nearest: {words[near[0]]})" if near else ""
+    parser.error(f"{name} has no option {option}{hint}")
 
 
 def _nearest(word: str, known: list[str]) -> str:

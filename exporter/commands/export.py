@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import contextlib
 import gc
 import os
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -20,8 +22,9 @@ from exporter.console import (
     print_table,
     result_json,
 )
-from exporter.errors import EXIT_DONE, InputError
-from exporter.request import ExportRequest, validate
+from exporter.errors import EXIT_DONE, InputError, InvalidRequestError
+from exporter.request import ExportRequest, absences, validate
+from exporter.spec import ExportSpec
 from exporter.terminal import progress_bars
 
 
@@ -40,7 +43,7 @@ def prepare_export() -> None:
 
 def run_engine(options: argparse.Namespace) -> int:
     """Export, and tell what was made."""
-    spec = validate(_request(options))
+    spec = _possible(_request(options))
     sign = signer(options.sign)
     with progress_bars(quiet=options.quiet) as progress:
         prepare_export()
@@ -68,6 +71,40 @@ def _request(options: argparse.Namespace) -> ExportRequest:
     return ExportRequest(**{name: getattr(options, name) for name in names})
 
 
+def _possible(request: ExportRequest, complaints: Sequence[str] = ()) -> ExportSpec:
+    """The spec, where all that it names is there and OUT can be replaced.
+
+    Raises:
+        InvalidRequestError: with every complaint, ``complaints`` included.
+    """
+    spec, out = None, Path(request.out) if request.out else None
+    found = [*complaints, *absences(request)]
+    try:
+        spec = validate(request)
+        out = spec.out
+    except InvalidRequestError as error:
+        found = [*error.complaints, *found]
+    if out is not None:
+        found += _out_complaints(out)
+    if found or spec is None:
+        raise InvalidRequestError(found)
+    return spec
+
+
+def _out_complaints(out: Path) -> list[str]:
+    """What the writer of the bundle would say."""
+    from exporter.bundle import MANIFEST
+
+    # A loop of links, a zero byte: the writer knows how to tell them.
+    with contextlib.suppress(OSError, RuntimeError, ValueError):
+        out = out.resolve()
+        if out.exists() and not (
+            out.is_dir() and ((out / MANIFEST).is_file() or not any(out.iterdir()))
+        ):
+            return [f"OUT {out} exists and is no bundle; name a new folder or remove it first"]
+    return []
+
+
 def run_plan(options: argparse.Namespace) -> int:
     """Say what an export would do, or what a bundle still needs."""
     from exporter.bundle import MANIFEST, Bundle
@@ -91,7 +128,11 @@ def run_plan(options: argparse.Namespace) -> int:
             dla_core=options.dla,
         )
     else:
-        plan = make_plan(validate(request), num_classes=options.classes, dla_core=options.dla)
+        few = options.classes is not None and options.classes < 1
+        spec = _possible(
+            request, [f"classes must be at least 1, not {options.classes}"] if few else []
+        )
+        plan = make_plan(spec, num_classes=options.classes, dla_core=options.dla)
     if options.json:
         print_json(plan.to_json())
     else:

@@ -13,6 +13,7 @@ _ROWS = {
     ENGINE_SUMMARY: "what the engine contains",
     REPORT: "the evidence, to read",
 }
+_NO_ENGINE = "why there is no engine, and how to build it"
 
 
 def made_table(bundle: Bundle) -> Table:
@@ -23,6 +24,8 @@ def made_table(bundle: Bundle) -> Table:
     graph = bundle.graph_path.name
     between = {} if graph == MODEL else {graph: "the graph the engine is built from"}
     rows = {MODEL: _ROWS[MODEL], **between, **_ROWS}
+    if ENGINE not in sizes:
+        rows[ENGINE_SUMMARY] = _NO_ENGINE
     shown = [name for name in rows if name in sizes]
     table = Table(title=escape(f"{bundle.path}: {len(sizes)} files, {_size(sum(sizes.values()))}"))
     table.add_column("file")

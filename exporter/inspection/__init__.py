@@ -13,6 +13,12 @@ from exporter.engine.plan_header import MAGIC
 from exporter.errors import EnvironmentLackError, InputError
 from exporter.inspection.finding import Inspection, Kind
 from exporter.inspection.outlook import KernelOutlook, Outlook
+from exporter.inspection.recognition import (
+    is_safetensors,
+    may_be_bundle,
+    may_be_weights,
+    nothing_known,
+)
 
 __all__ = ["Inspection", "KernelOutlook", "Kind", "Outlook", "inspect_file"]
 
@@ -41,6 +47,8 @@ def _inspect(path: Path) -> Inspection:
     if path.is_dir():
         from exporter.inspection.bundle_folder import inspect_bundle
 
+        if not may_be_bundle(path):
+            raise nothing_known(path)
         return inspect_bundle(path)
     head = _first_bytes(path)
     if head.startswith(MAGIC):
@@ -55,10 +63,12 @@ def _inspect(path: Path) -> Inspection:
         from exporter.inspection.calibration_text import inspect_table
 
         return inspect_table(path)
-    if head.startswith(_ONNX_START) and not _is_safetensors(head):
+    if head.startswith(_ONNX_START) and not is_safetensors(head):
         from exporter.inspection.onnx_graph import inspect_onnx
 
         return inspect_onnx(path)
+    if not may_be_weights(path, head):
+        raise nothing_known(path)
     from exporter.inspection.weights import inspect_checkpoint
 
     return inspect_checkpoint(path)
@@ -76,8 +86,3 @@ def _first_bytes(path: Path) -> bytes:
     if path.name == MANIFEST:
         raise InputError(f"{path} is a bundle's manifest; inspect its folder {path.parent}")
     return head
-
-
-def _is_safetensors(head: bytes) -> bool:
-    """A header length whose low byte is 8 begins like an ONNX; the ``{`` after it tells them."""
-    return head[8:9] == b"{"

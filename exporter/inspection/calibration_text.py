@@ -11,16 +11,20 @@ from exporter.bundle import file_sha256
 from exporter.errors import InputError
 from exporter.files.text_file import read_text
 from exporter.inspection.finding import OWN_FORMAT, Inspection, Kind
+from exporter.inspection.recognition import may_be_table, nothing_known
 
 
 def inspect_table(path: Path) -> Inspection:
     """Read ``calibration.json``.
 
     Raises:
-        InputError: if it is no calibration table.
+        InputError: if it is no calibration table, or a damaged one.
     """
+    text = _text(path)
+    if not may_be_table(text):
+        raise nothing_known(path)
     try:
-        table = CalibrationTable.loads(_text(path))
+        table = CalibrationTable.loads(text)
     except CalibrationTableError as error:
         raise InputError(f"{path} is JSON but no calibration table ({error})") from error
     details = {

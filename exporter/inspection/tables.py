@@ -18,6 +18,7 @@ _STYLES = {
     Outlook.TROUBLE: "red",
     Outlook.UNKNOWN: "red",
 }
+_FOOTNOTE = "the outlook is for plain rounding; --recipe full, the default, is made for this"
 _HEADINGS = ("max / median", "kurtosis", "peak sigmas", "centre sigmas", "dead")
 
 
@@ -46,6 +47,8 @@ def _facts(inspection: Inspection) -> Table:
 
 def _kernels(layers: tuple[KernelOutlook, ...]) -> Table:
     table = Table(title="fused kernels in INT8, before calibration")
+    if any(layer.outlook in (Outlook.WATCH, Outlook.TROUBLE) for layer in layers):
+        table.caption = _FOOTNOTE
     table.add_column("block")
     for heading in _HEADINGS:
         table.add_column(heading, justify="right")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from exporter.devices import ARCHITECTURES, Target, precision_advice
-from exporter.plan.commands import EngineBuild
+from exporter.plan.commands import ENGINE, EngineBuild
 from exporter.plan.engine import DeferredEngine
 
 
@@ -71,8 +71,8 @@ class PlannedTarget:
 class Plan:
     """``build`` is what the engine is built from, ``deferred`` what waits for its device.
 
-    ``engine_bytes`` estimates the engine. ``warnings`` say what fails or disappoints, ``notes``
-    what was assumed.
+    ``engine_bytes`` is the engine's size where there is one, else an estimate. ``warnings`` say
+    what fails or disappoints, ``notes`` what was assumed.
     """
 
     title: str
@@ -92,6 +92,11 @@ class Plan:
         """Compute capabilities whose engine is built on this machine, each once."""
         return tuple(dict.fromkeys(row.target.capability for row in self.targets if row.here))
 
+    @property
+    def is_engine_estimated(self) -> bool:
+        """Whether there is no engine yet."""
+        return not any(file.name == ENGINE and file.exists for file in self.files)
+
     def to_json(self) -> dict[str, Any]:
         """The object that ``plan --json`` prints."""
         build = self.build
@@ -109,7 +114,7 @@ class Plan:
             "engine": {
                 "build_here": list(self.built_here),
                 "bytes": self.engine_bytes,
-                "estimate": True,
+                "estimate": self.is_engine_estimated,
                 "deferred": self.deferred.to_json() if self.deferred else None,
             },
             "commands": [{"library": c.library, "line": c.line} for c in self.commands],

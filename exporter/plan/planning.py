@@ -219,7 +219,10 @@ def _plan(
     targets = _targets(places)
     deferred = defer(decision, build)
     (graph,) = (file.bytes or 0 for file in present if file.name == build.graph)
+    there = {file.name: file for file in present}
     size = engine_bytes(graph, build.precision, convolutions, half_scales=build.half_scales)
+    if files.ENGINE in there:
+        size = there[files.ENGINE].bytes or 0
     made = [PlannedFile(name=files.ENGINE_SUMMARY)]
     if decision.build_here:
         made = [
@@ -227,7 +230,6 @@ def _plan(
             *made,
             PlannedFile(name=files.BUILD_LOG),
         ]
-    there = {file.name for file in present}
     return Plan(
         title=title,
         out=out,

@@ -46,7 +46,9 @@ def _precision(spec: ExportSpec) -> dict[str, str]:
     if str(spec.precision) in TWO_BYTES:
         name = "half" if spec.precision is Precision.FP16 else "bfloat16"
         return {name: f"convert the graph to {spec.precision} and compare it with the original"}
-    images = str(spec.calibration) if spec.calibration else "the bundled images"
+    if str(spec.weights).endswith(".onnx"):
+        return _trained(spec)
+    images = _calibration_images(spec)
     if spec.precision is Precision.FP8:
         return {
             "calibrate": f"observe up to {spec.calibration_images} calibration images ({images})",
@@ -57,6 +59,23 @@ def _precision(spec: ExportSpec) -> dict[str, str]:
         "calibrate": f"observe up to {spec.calibration_images} calibration images ({images})",
         "quantize": f"scales and Q/DQ nodes by {recipe}; compare with the original",
     }
+
+
+def _trained(spec: ExportSpec) -> dict[str, str]:
+    """A graph brings its scales; images only check them."""
+    stages = {"quantize": "Q/DQ nodes by the scales of the graph; compare with the original"}
+    if spec.calibration is None:
+        return stages
+    check = f"observe up to {spec.calibration_images} images ({spec.calibration}) to check scales"
+    return {"calibrate": check, **stages}
+
+
+def _calibration_images(spec: ExportSpec) -> str:
+    """Those of the bundled network are no other network's data."""
+    if spec.calibration is not None:
+        return str(spec.calibration)
+    own = spec.weights not in (None, RANDOM)
+    return "none were named: pass --calib" if own else "the bundled images"
 
 
 def _prologue(spec: ExportSpec) -> dict[str, str]:

@@ -64,11 +64,13 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     for device in dict.fromkeys(row.target.device for row in plan.targets if row.target.device):
         if device.software:
             yield f"{device.name}: {'; '.join(map(str, device.software))}"
-    megabytes = f"about {plan.engine_bytes / 1e6:.1f} MB"
+    guessed = plan.is_engine_estimated
+    megabytes = f"{'about ' * guessed}{plan.engine_bytes / 1e6:.1f} MB"
     if plan.built_here:
         yield f"engine: {megabytes} for {', '.join(plan.built_here)}, built here"
     if plan.deferred:
-        yield f"engine deferred, {megabytes} (estimate of TensorRT-RTX): {plan.deferred.reason}"
+        whose = " (estimate of TensorRT-RTX)" * guessed
+        yield f"engine deferred, {megabytes}{whose}: {plan.deferred.reason}"
     for command in plan.commands:
         yield f"{command.library}: {command.line}"
     for warning in plan.warnings:

@@ -122,7 +122,7 @@ def replay(
         return Quantized(model=model, graph=in_half(graph, kept_half), table=table)
     if images is None:
         raise InputError(
-            f"recipe {table.method} rounds on the calibration images: pass CALIB= with the table"
+            f"recipe {table.method} rounds on the calibration images: pass --calib with the table"
         )
     sampler = Sampler()
     for (batch,) in images.batches():

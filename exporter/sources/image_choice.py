@@ -72,5 +72,5 @@ def bundled_images() -> BundledWeights:
     """
     bundled = bundled_weights("A0")
     if bundled is None:
-        raise InputError("this installation has no bundled images: pass CALIB= and --evaluation")
+        raise InputError("this installation has no bundled images: pass --calib and --evaluation")
     return bundled

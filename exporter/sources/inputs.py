@@ -154,7 +154,7 @@ def calibration_images(
     if found is None:
         raise InputError(
             f"{spec.precision} needs calibration images of the kind the network was trained on: "
-            "pass CALIB=folder (50 to 500 images)"
+            "pass --calib folder (50 to 500 images)"
         )
     root, words = found
     return _open(spec, root, preprocess, words, count=spec.calibration_images, spread=spread)

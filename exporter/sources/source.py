@@ -103,7 +103,7 @@ def _from_graph(spec: ExportSpec, variant: Variant, path: Path, origin: dict[str
     """A Q/DQ graph from quantization-aware training."""
     if spec.precision is not Precision.INT8:
         raise InputError(
-            f"{path} is a graph with INT8 scales: use PRECISION=int8, or pass the checkpoint"
+            f"{path} is a graph with INT8 scales: use --precision int8, or pass the checkpoint"
         )
     trained = import_quantized(path, variant)
     size = trained.image_size
@@ -160,7 +160,7 @@ def _public(variant: Variant, weights: str) -> Source:
         raise EnvironmentLackError(str(error)) from error
     note = (
         f"using {public.repository} at commit {public.revision}; repeat it with "
-        f"WEIGHTS=hub@{public.revision}"
+        f"--weights hub@{public.revision}"
     )
     origin = {"source": "hub", "file": public.repository, "revision": public.revision}
     return _from_file(variant, public.checkpoint, origin, (note,))

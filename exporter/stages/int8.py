@@ -56,7 +56,7 @@ def choose(
     if failed and request.dial and mixed is not None:
         kept = keep_enough(quantizer, climbed.recipe, mixed, score=score, gate=request.gate)
         made, result, mixed = kept.quantized or made, kept.result, kept.precision
-        advice = "no choice of layers in half passes either: use PRECISION=fp16"
+        advice = "no choice of layers in half passes either: use --precision fp16"
     judge.record_int8(climbed.rungs, mixed)
     if quantizer.rescales:
         # Equalization changes no float result: the graph that is published is judged anew.

@@ -136,7 +136,7 @@ def _fp8(
 ) -> Precise:
     images = inputs.calibration
     if images is None:
-        raise InputError("fp8 needs calibration images: pass CALIB=folder")
+        raise InputError("fp8 needs calibration images: pass --calib folder")
     options = Fp8Options(
         keep_float=spec.keep_float,
         per_tensor_weights=spec.per_tensor_weights,
@@ -224,7 +224,7 @@ def _quantize(
     if spec.calibration_table is not None:
         return _replay(spec, inputs, model, chain, options=options, judge=judge, stage=stage)
     if images is None:
-        raise InputError("int8 needs calibration images: pass CALIB=folder")
+        raise InputError("int8 needs calibration images: pass --calib folder")
     with stage("calibrate") as advance:
         quantizer = open_quantizer(model, chain, images, options, advance)
     with stage("quantize") as advance:

@@ -566,6 +566,7 @@ def test_a_bundle_is_described_by_its_manifest(tmp_path):
         "targets": ["sm86"],
         "convolutions": {"total": 22},
         "damaged_files": [],
+        "unlisted_files": [],
         "files": ["engine.json", "parity.json"],
         "engine": {"status": "built"},
     }
@@ -609,6 +610,16 @@ def test_damaged_files_of_a_bundle_are_listed(tmp_path):
     found = inspect_file(path)
     assert ["engine.json"] == found.details["damaged_files"]
     assert ("missing or not what the manifest says: engine.json",) == found.notes
+
+
+def test_files_that_a_bundle_does_not_list_are_named(tmp_path):
+    """Those with names of a bundle's own; what else lies there is nobody's business."""
+    path = bundle(tmp_path / "b")
+    for name in ("model.fp8.onnx", "notes.txt"):
+        (path / name).write_text("")
+    found = inspect_file(path)
+    assert ["model.fp8.onnx"] == found.details["unlisted_files"]
+    assert ("not among the files of the manifest: model.fp8.onnx",) == found.notes
 
 
 def test_a_bundle_with_odd_entries_is_described_all_the_same(tmp_path):

@@ -196,13 +196,13 @@ def test_the_plan_of_own_weights_does_not_promise_bundled_images(precision):
 @pytest.mark.parametrize(
     ("version", "precision", "words"),
     [
-        ((8, 6), "fp32", "--onnx=model.onnx --saveEngine=model.engine"),
-        ((8, 6), "fp16", "--onnx=model.onnx --saveEngine=model.engine --fp16"),
-        ((8, 5), "int8", "--onnx=model.int8.onnx --saveEngine=model.engine --int8"),
-        ((10, 3), "fp16", "--onnx=model.fp16.onnx --saveEngine=model.engine --stronglyTyped"),
-        ((10, 16), "int8", "--onnx=model.int8.onnx --saveEngine=model.engine --stronglyTyped"),
-        ((10, 3), "bf16", "--onnx=model.bf16.onnx --saveEngine=model.engine --stronglyTyped"),
-        ((11, 4), "int8", "--onnx=model.int8.onnx --saveEngine=model.engine"),
+        ((8, 6), "fp32", "--onnx=model.onnx --saveEngine=trtexec.engine"),
+        ((8, 6), "fp16", "--onnx=model.onnx --saveEngine=trtexec.engine --fp16"),
+        ((8, 5), "int8", "--onnx=model.int8.onnx --saveEngine=trtexec.engine --int8"),
+        ((10, 3), "fp16", "--onnx=model.fp16.onnx --saveEngine=trtexec.engine --stronglyTyped"),
+        ((10, 16), "int8", "--onnx=model.int8.onnx --saveEngine=trtexec.engine --stronglyTyped"),
+        ((10, 3), "bf16", "--onnx=model.bf16.onnx --saveEngine=trtexec.engine --stronglyTyped"),
+        ((11, 4), "int8", "--onnx=model.int8.onnx --saveEngine=trtexec.engine"),
     ],
 )
 def test_trtexec_has_the_flags_that_its_tensorrt_knows(version, precision, words):
@@ -270,7 +270,7 @@ def test_implicit_int8_is_planned_where_a_tensorrt_has_it():
     """Float graph and cache up to 10; 11 does not build it, and the warning says that."""
     made = plan(target="agx-orin", quantization="implicit")
     assert (
-        f"trtexec --onnx=model.onnx --saveEngine=model.engine --int8 --calib=calibration.cache "
+        f"trtexec --onnx=model.onnx --saveEngine=trtexec.engine --int8 --calib=calibration.cache "
         f"{SHAPES.replace('224x224', '64x64')}" == commands(made)["TensorRT 10.16, 10.3, 8.6, 8.5"]
     )
     assert (
@@ -287,13 +287,14 @@ def test_trtexec_on_a_dla_takes_fixed_shapes_and_scales_from_the_cache():
     shapes = SHAPES.replace("1x3x", "8x3x").replace("32x3x", "8x3x")
     dla = "--useDLACore=1 --allowGPUFallback"
     assert (
-        "trtexec --onnx=model.onnx --saveEngine=model.engine --int8 --fp16 "
+        "trtexec --onnx=model.onnx --saveEngine=trtexec.engine --int8 --fp16 "
         f"--calib=calibration.cache {dla} {shapes}" == trtexec(build, (10, 3))
     )
-    assert f"trtexec --onnx=model.onnx --saveEngine=model.engine --fp16 {dla} {shapes}" == trtexec(
-        replace(build, precision="fp16"), (8, 5)
+    assert (
+        f"trtexec --onnx=model.onnx --saveEngine=trtexec.engine --fp16 {dla} {shapes}"
+        == trtexec(replace(build, precision="fp16"), (8, 5))
     )
-    assert f"trtexec --onnx=model.int8.onnx --saveEngine=model.engine {dla} {shapes}" == trtexec(
+    assert f"trtexec --onnx=model.int8.onnx --saveEngine=trtexec.engine {dla} {shapes}" == trtexec(
         build, (11, 4)
     )
     assert trtexec(build, (10, 8)) is None
@@ -303,7 +304,7 @@ def test_trtexec_on_a_dla_takes_fixed_shapes_and_scales_from_the_cache():
 def test_tensorrt_rtx_names_its_targets_and_needs_no_gpu():
     """Capabilities as numbers; the engine is not run."""
     assert (
-        "tensorrt_rtx --onnx=model.int8.onnx --saveEngine=model.engine "
+        "tensorrt_rtx --onnx=model.int8.onnx --saveEngine=trtexec.engine "
         f"--computeCapabilities=86,120 --skipInference {SHAPES} --memPoolSize=workspace:512"
         == tensorrt_rtx(replace(BUILD, workspace_mib=512), ("sm86", "sm120"))
     )
@@ -323,7 +324,7 @@ def test_commands_know_open_sizes_several_inputs_and_fixed_graphs():
         "--maxShapes=left:32x3x128x96,right:32x5"
     )
     fixed = replace(BUILD, inputs=(GraphInput(name="images", shape=(1, 3, 8, 8)),))
-    assert "trtexec --onnx=model.int8.onnx --saveEngine=model.engine" == trtexec(fixed, (11, 4))
+    assert "trtexec --onnx=model.int8.onnx --saveEngine=trtexec.engine" == trtexec(fixed, (11, 4))
 
 
 def test_the_plan_of_an_orin_has_a_line_for_every_jetpack():
@@ -332,7 +333,7 @@ def test_the_plan_of_an_orin_has_a_line_for_every_jetpack():
     assert ["on the device", "TensorRT 10.16, 10.3", "TensorRT 8.6, 8.5"] == list(made)
     assert "repvgg-export build build/A0-int8" == made["on the device"]
     assert (
-        f"trtexec --onnx=model.int8.onnx --saveEngine=model.engine --stronglyTyped {SHAPES}"
+        f"trtexec --onnx=model.int8.onnx --saveEngine=trtexec.engine --stronglyTyped {SHAPES}"
         == made["TensorRT 10.16, 10.3"]
     )
 

@@ -69,7 +69,7 @@ def test_a_plan_writes_nothing_and_reads_well(command, tmp_path):
         "RepVGG-A0 int8: what would be done",
         "left to the device for orin (sm87)",
         "engine deferred, about 10.4 MB",
-        "trtexec --onnx=model.int8.onnx --saveEngine=model.engine --stronglyTyped "
+        "trtexec --onnx=model.int8.onnx --saveEngine=trtexec.engine --stronglyTyped "
         "--minShapes=images:1x3x64x64 --optShapes=images:8x3x64x64 --maxShapes=images:32x3x64x64",
     ):
         assert part in process.stdout
@@ -249,7 +249,7 @@ def test_an_int8_dla_engine_is_deferred_with_all_that_the_device_needs(command, 
     assert "--useDLACore=0" in again["commands"][1]["line"]
     lines = json.loads((out / "engine.json").read_text())["commands"]
     assert (
-        "trtexec --onnx=model.onnx --saveEngine=model.engine --int8 --fp16 "
+        "trtexec --onnx=model.onnx --saveEngine=trtexec.engine --int8 --fp16 "
         "--calib=calibration.cache --useDLACore=0 --allowGPUFallback "
         "--minShapes=images:4x3x32x32 --optShapes=images:4x3x32x32 --maxShapes=images:4x3x32x32"
     ) == lines["10.3"]

@@ -19,7 +19,7 @@ def inspect_bundle(path: Path) -> Inspection:
         InputError: if the folder is no bundle.
     """
     bundle = Bundle.read(path)
-    damaged = bundle.damaged_files()
+    damaged, unlisted = bundle.damaged_files(), bundle.unlisted_files()
     spec = _mapping(bundle.manifest.get("spec"))
     model = _mapping(bundle.manifest.get("model"))
     weights = _mapping(bundle.manifest.get("weights"))
@@ -33,6 +33,7 @@ def inspect_bundle(path: Path) -> Inspection:
         "prologue": _list(contract.get("prologue")),
         "inputs": _list(bundle.manifest.get("inputs")),
         "damaged_files": list(damaged),
+        "unlisted_files": list(unlisted),
         "files": sorted(bundle.manifest["files"]),
         "precision": spec.get("precision"),
         "targets": engine.get("targets", bundle.manifest.get("targets")),
@@ -49,6 +50,8 @@ def inspect_bundle(path: Path) -> Inspection:
     notes = _waiting(engine)
     if damaged:
         notes = (f"missing or not what the manifest says: {', '.join(damaged)}", *notes)
+    if unlisted:
+        notes = (f"not among the files of the manifest: {', '.join(unlisted)}", *notes)
     return Inspection(
         path=path,
         kind=Kind.BUNDLE,

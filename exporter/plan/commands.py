@@ -33,7 +33,9 @@ from exporter.pixel_input import DTYPE, FLOAT, Layout
 from exporter.profiles import BatchProfile, SizeProfile
 
 BATCH, HEIGHT, WIDTH = "batch", "height", "width"
-MODEL, ENGINE, CACHE = "model.onnx", "model.engine", "calibration.cache"
+MODEL, CACHE = "model.onnx", "calibration.cache"
+SAVED = "trtexec.engine"
+"""What NVIDIA's tools write, in the bundle's folder: not the bundle's own, which is listed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,14 +97,14 @@ def trtexec(build: EngineBuild, version: Version) -> str | None:
     if chosen is None:
         return None
     graph, flags = chosen
-    words = ["trtexec", f"--onnx={graph}", f"--saveEngine={ENGINE}", *flags]
+    words = ["trtexec", f"--onnx={graph}", f"--saveEngine={SAVED}", *flags]
     return shlex.join([*words, *_shapes(build), *_workspace(build)])
 
 
 def tensorrt_rtx(build: EngineBuild, capabilities: Sequence[str]) -> str:
     """The line for TensorRT-RTX, which needs no GPU: ``--skipInference`` keeps it from running."""
     numbers = ",".join(capability.removeprefix("sm") for capability in capabilities)
-    words = ["tensorrt_rtx", f"--onnx={build.graph}", f"--saveEngine={ENGINE}"]
+    words = ["tensorrt_rtx", f"--onnx={build.graph}", f"--saveEngine={SAVED}"]
     words += [f"--computeCapabilities={numbers}", "--skipInference"]
     return shlex.join([*words, *_shapes(build), *_workspace(build)])
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from exporter.bundle import ENGINE
 from exporter.devices import ARCHITECTURES, Target, precision_advice
-from exporter.plan.commands import ENGINE, EngineBuild
+from exporter.plan.commands import EngineBuild
 from exporter.plan.engine import DeferredEngine
 
 

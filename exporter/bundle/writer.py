@@ -63,7 +63,7 @@ class BundleWriter:
                 # Resolved: a destination reached through a link is replaced where it really is.
                 self._out = out = self._out.resolve()
                 remove_dead(out)
-                _require_replaceable(out)
+                require_replaceable(out)
                 for parent in reversed([p for p in out.parents if not p.exists()]):
                     parent.mkdir(exist_ok=True)
                     stack.callback(_remove_if_empty, parent)
@@ -115,7 +115,7 @@ class BundleWriter:
         sync_folder(staging)
         bundle = replace(Bundle.read(staging), path=self._out)
         # Again: the run may have taken hours.
-        _require_replaceable(self._out)
+        require_replaceable(self._out)
         self.lost = _lost(self._out, staging)
         put_in_place(staging, self._out, staging.parent / OLD)
         return bundle
@@ -148,7 +148,8 @@ class BundleWriter:
         return InputError(f"OUT {self._out} cannot be written: {reason or error}")
 
 
-def _require_replaceable(out: Path) -> None:
+def require_replaceable(out: Path) -> None:
+    """Raises InputError where something else than a bundle lies at ``out``."""
     if not out.exists():
         return
     if not (out.is_dir() and ((out / MANIFEST).is_file() or not any(out.iterdir()))):

@@ -93,15 +93,14 @@ def _possible(request: ExportRequest, complaints: Sequence[str] = ()) -> ExportS
 
 def _out_complaints(out: Path) -> list[str]:
     """What the writer of the bundle would say."""
-    from exporter.bundle import MANIFEST
+    from exporter.bundle.writer import require_replaceable
 
     # A loop of links, a zero byte: the writer knows how to tell them.
     with contextlib.suppress(OSError, RuntimeError, ValueError):
-        out = out.resolve()
-        if out.exists() and not (
-            out.is_dir() and ((out / MANIFEST).is_file() or not any(out.iterdir()))
-        ):
-            return [f"OUT {out} exists and is no bundle; name a new folder or remove it first"]
+        try:
+            require_replaceable(out.resolve())
+        except InputError as error:
+            return [str(error)]
     return []
 
 

@@ -85,6 +85,7 @@ def test_minmax_never_clips(values: np.ndarray) -> None:
 
 
 @given(TENSORS, TENSORS, METHODS)
+@settings(deadline=None)
 def test_equal_observers_give_equal_thresholds(
     a: np.ndarray, b: np.ndarray, method: Method
 ) -> None:
@@ -94,6 +95,7 @@ def test_equal_observers_give_equal_thresholds(
 
 
 @given(TENSORS, METHODS, st.integers(-20, 20))
+@settings(deadline=None)
 def test_threshold_follows_powers_of_two(values: np.ndarray, method: Method, power: int) -> None:
     """Scaling a tensor of ordinary size by a power of two scales T by the same."""
     ordinary = np.where(np.abs(values) > 1e-3, np.clip(values, -1e3, 1e3), np.float32(1))

@@ -163,10 +163,13 @@ def test_an_interrupt_kills_the_worker_and_is_passed_on(error: type[BaseExceptio
     assert [is_alive(process_id) for process_id in process_ids] == [False]
 
 
-def test_a_signal_while_waiting_kills_the_worker():
+def test_a_signal_while_waiting_kills_the_worker(tmp_path: Path):
     """Ctrl-C during a silent build ends the build and raises KeyboardInterrupt."""
+    told = tmp_path / "process"
+    write = f"pathlib.Path({str(told)!r}).write_text(str(os.getpid()))"
     with pytest.raises(KeyboardInterrupt):
-        run(f"os.kill({os.getpid()}, signal.SIGINT); time.sleep(60)")
+        run(f"{write}; os.kill({os.getpid()}, signal.SIGINT); time.sleep(60)")
+    assert not is_alive(int(told.read_text()))
 
 
 @pytest.mark.parametrize(

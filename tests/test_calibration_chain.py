@@ -152,7 +152,9 @@ def test_gradients_are_those_of_the_logits(gate: str) -> None:
 
     rng = np.random.default_rng(3)
     signs = np.random.default_rng(20260).choice(np.array([-1.0, 1.0]), size=(1, 5))
-    for step in gradients(chain, image):
+    steps = list(gradients(chain, image))
+    assert len(chain.stages) == len(steps)
+    for step in steps:
         error = 1e-3 * rng.normal(size=step.gradient.shape).astype(np.float32)
         y = results[step.index]
         moved = logits_from(step.index, y + error) - logits_from(step.index, y - error)

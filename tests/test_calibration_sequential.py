@@ -295,7 +295,9 @@ def test_harmful_clips_are_told_by_their_effect() -> None:
     """Clipping at a tenth of the range costs most; 5 % above the range costs next to nothing."""
     chain, images = chain_of(), images_of()
     clips = [{"minmax": c, "tight": c / 10, "wide": c * 1.05} for c in minmax(chain, images)]
-    for effects in clip_effects(gradients(chain, images), clips, len(images)):
+    found = list(clip_effects(gradients(chain, images), clips, len(images)))
+    assert len(chain.stages) == len(found)
+    for effects in found:
         assert effects["tight"] > 5 * effects["minmax"]
         assert effects["wide"] < 3 * effects["minmax"]
 

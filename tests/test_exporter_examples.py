@@ -77,7 +77,7 @@ def test_the_bundle_answers_like_the_network(made: tuple[str, ModuleType, Bundle
 
 @pytest.mark.parametrize("name", NAMES)
 def test_examples_are_short(name: str) -> None:
-    """Under 120 lines, of which main() has fewer than 20; the README shows as few."""
+    """Under 125 lines, of which main() has fewer than 20; the README shows as few."""
     module = load(name)
     assert len((ROOT / f"{name}.py").read_text().splitlines()) < 125
     assert len(inspect.getsource(module.main).splitlines()) < 20

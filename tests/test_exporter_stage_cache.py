@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import multiprocessing
 import shutil
 import tempfile
@@ -11,13 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from exporter.errors import InputError
-from exporter.parity import GATES, StageResult
 from exporter.parity.ledger import Ledger
-from exporter.report import ReportContent
 from exporter.request import ExportRequest, validate
 from exporter.spec import ExportSpec, Precision, Recipe
 from exporter.stage_cache import (
@@ -32,7 +31,7 @@ from exporter.stage_cache import (
 from exporter.stage_cache.location import parse_size
 from exporter.stage_cache.store import key_of
 from exporter.stage_cache.use import NOTHING_LIKE_IT, OFF
-from exporter.stage_cache.values import read_value, write_value
+from exporter.stage_cache.values import read_value, to_json, write_value
 
 FILES = st.dictionaries(
     st.sampled_from(["model.onnx", "draft.json", "a", "b.npz"]),
@@ -336,15 +335,14 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(store: StageStore) -> 
     assert () == store.entries()
 
 
-def test_a_ledger_comes_back_as_it_was(report_content: ReportContent, tmp_path: Path) -> None:
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(ledger=st.from_type(Ledger))
+def test_a_ledger_comes_back_as_it_was(ledger: Ledger) -> None:
     """With everything that it can hold, infinite decibels included."""
-    row = StageResult(stage="onnx", status="pass", gate=GATES["onnx"], outputs={})
-    from exporter.parity.comparison import Comparison
-
-    same = Comparison(max_abs=0, relative=0, sqnr_db=float("inf"), cosine=1, top1_agreement=None)
-    ledger = Ledger(stages=(replace(row, comparison=same),), images="test", image_count=3)
-    found = read_value(write_value(tmp_path / "value.json", ledger), Ledger)
-    assert ledger == found
+    with tempfile.TemporaryDirectory() as folder:
+        found = read_value(write_value(Path(folder) / "value.json", ledger), Ledger)
+    # Not a number is unequal to itself, and a mapping may be of any class.
+    assert json.dumps(to_json(ledger)) == json.dumps(to_json(found))
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ from exporter import Bundle, export, reparameterize
 from exporter.errors import InputError
 from exporter.parity.comparison import compare
 from models import RepVGG, Variant, find_variant
-from models.registry import bundled_weights
 from models.repvgg import PlainBlock, RepVGGBlock
 from models.variants import Squeeze
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TARGET = "sm86"
 
 
@@ -58,7 +58,7 @@ def test_what_is_no_module_cannot_be_reparameterized():
 
 
 def test_a_module_is_exported_with_arrays_as_calibration(network, images, tmp_path):
-    """The bundle runs the INT8 graph and stays close to the module it was made from."""
+    """The bundle runs the half graph and stays close to the module it was made from."""
     bundle = export(
         network,
         example_input=torch.zeros(1, 3, 32, 32),
@@ -78,7 +78,10 @@ def test_a_module_is_exported_with_arrays_as_calibration(network, images, tmp_pa
 
 def test_a_variant_name_exports_the_bundled_weights(tmp_path):
     """export("A0") is `engine A0`."""
-    bundle = export("A0", precision="fp32", targets=TARGET, out=tmp_path / "b")
+    bundle = export(
+        "A0", precision="fp32", targets="orin", evaluation_images=16, image_size="32",
+        out=tmp_path / "b",
+    )  # fmt: skip
     assert "bundled" == bundle.manifest["weights"]["source"]
     assert bundle.path == tmp_path / "b"
 
@@ -119,19 +122,12 @@ def test_a_module_needs_an_example_input_and_no_weights(network, images):
 
 def test_a_module_of_a_hand_made_variant_keeps_its_own_table(images, tmp_path):
     """The graph contract follows the module's variant, not a published one's name."""
-    variant = Variant(
-        name="tiny", num_blocks=(1, 1, 2, 1), width_multiplier=(0.25, 0.25, 0.25, 0.25)
-    )
-    torch.manual_seed(0)
-    module = RepVGG(variant, num_classes=5)
-    with torch.no_grad():
-        module.train()(torch.from_numpy(images))
     bundle = export(
-        module.eval(),
+        small(images),
         example_input=torch.zeros(1, 3, 32, 32),
         precision="int8",
         calibration=images,
-        targets=TARGET,
+        targets="orin",
         min_sqnr_db=15,
         min_agreement=0.5,
         out=tmp_path / "b",
@@ -193,29 +189,20 @@ def test_squeeze_and_excitation_is_an_allowed_extra(images, tmp_path):
     ]
 
 
-def test_a_module_in_train_mode_is_exported_in_eval_mode_and_said_so(network, images, tmp_path):
+def test_a_module_in_train_mode_is_exported_in_eval_mode_and_said_so(images, tmp_path):
     """The bundle's notes tell; the caller's module stays in train mode."""
-    network.train()
-    try:
-        bundle = export(
-            network,
-            example_input=torch.zeros(1, 3, 32, 32),
-            precision="fp32",
-            calibration=images,
-            targets=TARGET,
-            out=tmp_path / "b",
-        )
-        assert network.training
-    finally:
-        network.eval()
+    network = small(images).train()
+    bundle = export(
+        network,
+        example_input=torch.zeros(1, 3, 32, 32),
+        precision="fp32",
+        calibration=images,
+        targets="orin",
+        out=tmp_path / "b",
+    )
+    assert network.training
+    network.eval()
     assert any("train() mode" in note for note in bundle.manifest["notes"])
     with torch.no_grad():
         reference = network(torch.from_numpy(images)).numpy()
     np.testing.assert_allclose(bundle.run(images), reference, atol=1e-3)
-
-
-def test_the_bundled_registry_knows_only_a0():
-    """Names without bundled weights are refused with advice."""
-    assert bundled_weights("B1") is None
-    with pytest.raises(InputError, match="no weights are bundled for B1"):
-        export("B1")

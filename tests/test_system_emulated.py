@@ -76,9 +76,9 @@ def test_the_ledger_judges_the_half_graph_without_optimizations(emulated):
     assert "pass" == bundle.parity["stages"][3]["status"]
 
 
-def test_the_bundle_verifies_plans_and_builds_again(emulated, capsys):
+def test_the_bundle_verifies_plans_and_builds_again(emulated, tmp_path, capsys):
     """`verify`, `plan` and `build --target sm75` know what graph they have."""
-    out, _ = emulated
+    out = shutil.copytree(emulated[0], tmp_path / "bundle")
     assert 0 == main(["verify", str(out), "--quiet"])
     assert 0 == main(["plan", str(out), "--json"])
     plan = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -15,6 +15,7 @@ from exporter import Bundle, export
 from exporter.errors import GateFailedError, InputError
 from models import RepVGG, Variant
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = Variant(name="tiny", num_blocks=(1, 1, 2, 1), width_multiplier=(0.25, 0.25, 0.25, 0.125))
 RUNGS = ["minmax", "percentile", "mse", "entropy", "equalize", "full", "wide"]
 
@@ -37,15 +38,17 @@ def network(images: np.ndarray) -> RepVGG:
 
 @pytest.fixture
 def exported(network, images, tmp_path):
-    """``exported(recipe="auto")`` -> the INT8 bundle of the small network."""
+    """``exported(recipe="auto")`` -> the INT8 bundle of the small network.
+
+    Its engine is left to the device, unless ``targets`` say otherwise.
+    """
 
     def run(**options: object) -> Bundle:
         return export(
             network,
             example_input=torch.zeros(1, 3, 32, 32),
-            targets="sm86",
             out=tmp_path / "bundle",
-            **{"calibration": images, "min_agreement": 0.0, **options},
+            **{"calibration": images, "min_agreement": 0.0, "targets": "orin", **options},
         )
 
     return run
@@ -82,7 +85,7 @@ def test_one_recipe_is_a_ladder_of_one_rung(exported):
 def test_min_sqnr_keeps_just_enough_layers_in_half(exported):
     """The published graph passes the gate, and one layer fewer was predicted not to be enough."""
     plain = stage(exported().parity, "int8")["sqnr_db"]
-    bundle = exported(min_sqnr_db=plain + 3)
+    bundle = exported(min_sqnr_db=plain + 3, targets="sm86")
     mixed = bundle.parity["mixed_precision"]
     assert stage(bundle.parity, "int8")["sqnr_db"] >= plain + 3
     assert 0 < len(mixed["kept"]) < len(mixed["curve"]) - 1
@@ -135,7 +138,7 @@ def test_a_graph_that_is_no_chain_climbs_the_clip_methods_only(images, tmp_path)
         for _ in range(5):
             network.train()(torch.from_numpy(images[:32]))
     arguments = {
-        "example_input": torch.zeros(1, 3, 32, 32), "calibration": images, "targets": "sm86",
+        "example_input": torch.zeros(1, 3, 32, 32), "calibration": images, "targets": "orin",
         "out": tmp_path / "b", "min_agreement": 0.0,
     }  # fmt: skip
     parity = export(network.eval(), recipe="auto", **arguments).parity
@@ -152,7 +155,7 @@ def test_the_network_names_the_preprocessing_it_was_not_trained_with(command, tm
     out = tmp_path / "b"
     process = command(
         "engine", "A0", "--preprocess", "imagenet", "--image-size", "64", "--recipe", "minmax",
-        "--evaluation-images", "64", "--target", "sm86", "--min-agreement", "0", "--min-sqnr", "1",
+        "--evaluation-images", "64", "--target", "orin", "--min-agreement", "0", "--min-sqnr", "1",
         "--out", str(out), "--json",
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
@@ -167,7 +170,7 @@ def test_the_network_names_the_preprocessing_it_was_not_trained_with(command, tm
 
 def test_wide_publishes_a_graph_whose_relu_outputs_use_all_256_integers(exported):
     """A subtraction in front of each quantizer but the image's; every convolution still INT8."""
-    bundle = exported(recipe="wide")
+    bundle = exported(recipe="wide", targets="sm86")
     model = onnx.load(bundle.path / "model.int8.onnx")
     ops = [node.op_type for node in model.graph.node]
     count = ops.count("Conv")

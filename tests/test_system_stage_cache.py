@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+Bundles = Callable[[str], tuple[Path, subprocess.CompletedProcess[str]]]
 EXPORT = ("engine", "A0", "--precision", "int8", "--json")
 
 
@@ -61,12 +64,34 @@ class Exports:
 
 
 @pytest.fixture(scope="module")
-def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
-    """A cache that holds one export for sm86."""
+def filled(bundles: Bundles, tmp_path_factory: pytest.TempPathFactory) -> Exports:
+    """A cache that holds one export for sm86, which replaced a bundle for every target."""
     made = Exports(tmp_path_factory.mktemp("exports"))
-    found = made.export("first", "--target", "sm86")
-    assert {"float": False, "draft": False, "engine": False} == found
+    shutil.copytree(bundles("int8")[0], made.root / "first")
+    process = made.start(*EXPORT, "--out", "first", "--target", "sm86", "--quiet")
+    out, err = process.communicate(timeout=300)
+    assert (0, "") == (process.returncode, err)
+    assert {"float": False, "draft": False, "engine": False} == {
+        stage["stage"]: stage["reused"] for stage in json.loads(out)["stages"]
+    }
     return made
+
+
+@pytest.fixture
+def exports(filled: Exports, tmp_path: Path) -> Exports:
+    """A copy of that cache and bundle, which no other test has exported into."""
+    return Exports(Path(shutil.copytree(filled.root, tmp_path / "exports")))
+
+
+def test_a_second_run_replaces_the_bundle_and_repeats_its_figures(
+    bundles: Bundles, filled: Exports
+) -> None:
+    """Two runs into one OUT leave one bundle with byte-identical graphs and table."""
+    first, out = bundles("int8")[0], filled.root / "first"
+    assert {"cache", "first"} == {path.name for path in filled.root.iterdir()}
+    for name in ("model.onnx", "model.int8.onnx", "calibration.json", "calibration.cache"):
+        assert (first / name).read_bytes() == (out / name).read_bytes(), name
+    assert ["sm86"] == json.loads((out / "engine.json").read_text())["targets"]
 
 
 def test_fp32_is_judged_on_all_images_also_where_another_precision_made_its_graph(
@@ -142,13 +167,16 @@ def test_explain_names_what_has_changed(exports: Exports) -> None:
     assert "up to the builder: " in out
 
 
-def test_the_cache_is_listed_and_emptied(exports: Exports, tmp_path: Path) -> None:
+def test_the_cache_is_listed_and_emptied(exports: Exports) -> None:
+    """Every entry is removed and counted; a cache that is not there is an empty one."""
     listed = exports.run("cache", "ls", "--json")
     assert {"float", "draft", "engine"} == {entry["stage"] for entry in listed["entries"]}
     assert listed["bytes"] == sum(entry["bytes"] for entry in listed["entries"])
-    empty = Exports(tmp_path)
-    assert [] == empty.run("cache", "ls", "--json")["entries"]
-    assert 0 == empty.run("cache", "clear", "--json")["removed"]
+    assert len(listed["entries"]) == exports.run("cache", "clear", "--json")["removed"]
+    assert [] == exports.run("cache", "ls", "--json")["entries"]
+    shutil.rmtree(exports.root / "cache")
+    assert [] == exports.run("cache", "ls", "--json")["entries"]
+    assert 0 == exports.run("cache", "clear", "--json")["removed"]
 
 
 @pytest.mark.slow

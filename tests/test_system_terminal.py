@@ -6,14 +6,16 @@ import json
 import os
 import pty
 import re
+import select
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from exporter.cli import _EXAMPLES, build_parser
+from exporter.cli import _EXAMPLES, build_parser, main
 from exporter.commands.argument_parser import UsageError
 from models.registry import bundled_weights
 
@@ -72,7 +74,12 @@ def on_a_terminal(*arguments: str, **settings: str) -> str:
     )
     os.close(follower)
     seen = b""
+    deadline = time.monotonic() + 300
     while True:
+        left = max(0.0, deadline - time.monotonic())
+        if not select.select([leader], [], [], left)[0]:
+            process.kill()
+            pytest.fail(f"no end after 300 seconds; seen until then: {seen!r}")
         try:
             piece = os.read(leader, 65536)
         except OSError:  # the other side is closed
@@ -156,9 +163,12 @@ def test_columns_says_how_wide_tables_may_be(monkeypatch, command):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_is_in_groups_and_ends_with_an_example_that_is_right(name, command):
+def test_help_is_in_groups_and_ends_with_an_example_that_is_right(name, monkeypatch, capsys):
     """Usage is one line, every option stands once, and the example can be read."""
-    text = command(name, "--help").stdout
+    monkeypatch.setenv("COLUMNS", "160")
+    with pytest.raises(SystemExit, match="0"):
+        main([name, "--help"])
+    text = capsys.readouterr().out
     usage = text.split("\n\n")[0]
     assert usage.startswith(f"usage: repvgg-export {name} [OPTION ...]")
     assert "\n" not in usage
@@ -213,13 +223,13 @@ def test_every_command_takes_the_same_four_options_before_and_after_its_name(nam
         ),
     ],
 )
-def test_a_command_line_that_cannot_be_read_is_one_sentence(command, arguments, sentence):
+def test_a_command_line_that_cannot_be_read_is_one_sentence(capsys, arguments, sentence):
     """Exit code 2, no wall of usage; with --json an object too."""
     expected = f"{sentence} lists what is known"
-    done = command(*arguments)
-    assert (2, f"repvgg-export: {expected}\n", "") == (done.returncode, done.stderr, done.stdout)
-    done = command(*arguments, "--json")
-    assert {"error": expected, "exit_code": 2} == json.loads(done.stdout)
+    assert 2 == main(arguments)
+    assert ("", f"repvgg-export: {expected}\n") == capsys.readouterr()
+    assert 2 == main([*arguments, "--json"])
+    assert {"error": expected, "exit_code": 2} == json.loads(capsys.readouterr().out)
     with pytest.raises(UsageError, match=re.escape(sentence)):
         build_parser().parse_args(arguments)
 
@@ -240,10 +250,18 @@ def test_a_command_line_that_cannot_be_read_is_one_sentence(command, arguments, 
     ],
     ids=lambda arguments: arguments[0],
 )
-def test_a_failure_is_one_object_on_standard_output_and_one_sentence_on_error(command, arguments):
+def test_a_failure_is_one_object_on_standard_output_and_one_sentence_on_error(capsys, arguments):
     """For every command: the same sentence and the exit code."""
-    done = command(*arguments, "--json")
-    found = json.loads(done.stdout)
-    assert 1 == done.stdout.count("\n")
-    assert (2, done.returncode) == (done.returncode, found["exit_code"])
-    assert f"repvgg-export: {found['error']}\n" == done.stderr
+    assert 2 == main([*arguments, "--json"])
+    out, error = capsys.readouterr()
+    found = json.loads(out)
+    assert 1 == out.count("\n")
+    assert 2 == found["exit_code"]
+    assert f"repvgg-export: {found['error']}\n" == error
+
+
+@pytest.mark.parametrize("arguments", [("enigne", "--json"), ("engine", "A9", "--json")])
+def test_a_process_of_its_own_fails_as_a_call_does(command, capsys, arguments):
+    """Exit code and both streams."""
+    done = command(*arguments)
+    assert (done.returncode, (done.stdout, done.stderr)) == (main(arguments), capsys.readouterr())

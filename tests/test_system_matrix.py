@@ -131,11 +131,17 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def kill_one_worker(killed: list[int]) -> None:
-    """The first process that runs a cell, some seconds after it began."""
+    """The first process below this one that runs a cell, some seconds after it began."""
+    own = psutil.Process()
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
-        for process in psutil.process_iter(["cmdline"]):
-            if "ray::run_remotely" in " ".join(process.info["cmdline"] or ()):
+        # Elsewhere on the machine another test may have a cluster.
+        for process in own.children(recursive=True):
+            try:
+                words = process.cmdline()
+            except psutil.Error:  # it has ended
+                continue
+            if "ray::run_remotely" in " ".join(words):
                 time.sleep(3)
                 os.kill(process.pid, signal.SIGKILL)
                 killed.append(process.pid)

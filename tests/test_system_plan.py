@@ -35,14 +35,23 @@ def planned(command, *arguments):
 
 
 @pytest.fixture(scope="module")
-def deferred(command, tmp_path_factory):
+def exported(command, tmp_path_factory):
+    """Run `engine A0` on 64 images; what two of this module's exports share is made once."""
+    cache = tmp_path_factory.mktemp("cache")
+
+    def run(*arguments):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("REPVGG_EXPORT_CACHE", str(cache))
+            return command("engine", "A0", "--evaluation-images", "64", *arguments)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def deferred(exported, tmp_path_factory):
     """An fp16 bundle for a device that builds its own engine."""
     out = tmp_path_factory.mktemp("deferred") / "bundle"
-    process = command(
-        "engine", "A0", "--precision", "fp16", "--target", "orin-nano", "--out", str(out),
-        "--evaluation-images", "64",
-    )  # fmt: skip
-    return out, process
+    return out, exported("--precision", "fp16", "--target", "orin-nano", "--out", str(out))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
@@ -228,12 +237,12 @@ def test_a_plan_of_no_classes_is_refused(capsys):
     ) == capsys.readouterr().err
 
 
-def test_an_int8_dla_engine_is_deferred_with_all_that_the_device_needs(command, tmp_path):
+def test_an_int8_dla_engine_is_deferred_with_all_that_the_device_needs(command, exported, tmp_path):
     """No file to be named: the bundle records the DLA and has the scales for it."""
     out = tmp_path / "bundle"
-    process = command(
-        "engine", "A0", "--target", "orin-nx", "--dla", "0", "--batch", "4", "--weights", "random",
-        "--image-size", "32", "--calib-images", "16", "--evaluation-images", "8", "--out", str(out),
+    process = exported(
+        "--target", "orin-nx", "--dla", "0", "--batch", "4", "--recipe", "minmax",
+        "--calib-images", "16", "--min-sqnr", "1", "--min-agreement", "0", "--out", str(out),
     )  # fmt: skip
     assert 0 == process.returncode, process.stderr
     bundle = Bundle.load(out)
@@ -251,7 +260,7 @@ def test_an_int8_dla_engine_is_deferred_with_all_that_the_device_needs(command, 
     assert (
         "trtexec --onnx=model.onnx --saveEngine=trtexec.engine --int8 --fp16 "
         "--calib=calibration.cache --useDLACore=0 --allowGPUFallback "
-        "--minShapes=images:4x3x32x32 --optShapes=images:4x3x32x32 --maxShapes=images:4x3x32x32"
+        "--minShapes=images:4x3x64x64 --optShapes=images:4x3x64x64 --maxShapes=images:4x3x64x64"
     ) == lines["10.3"]
 
 
@@ -322,14 +331,13 @@ def test_a_deferred_bundle_runs_and_verifies(deferred, command):
     assert "not_run" == json.loads(process.stdout)["parity"]["stages"][-1]["status"]
 
 
-def test_targets_built_here_get_their_engine_beside_deferred_ones(command, tmp_path):
+def test_targets_built_here_get_their_engine_beside_deferred_ones(exported, deferred, tmp_path):
     """One bundle: an engine for sm86, and under `deferred` what waits for the Orin."""
     out = tmp_path / "bundle"
-    arguments = (
-        "engine", "A0", "--precision", "fp16", "--target", "rtx3060,orin-nano",
-        "--evaluation-images", "64",
-    )  # fmt: skip
-    process = command(*arguments, "--out", str(out), "--json")
+    # All but the engine is what the deferred bundle was made from.
+    process = exported(
+        "--precision", "fp16", "--target", "rtx3060,orin-nano", "--out", str(out), "--json"
+    )
     assert 0 == process.returncode, process.stderr
     engine = json.loads((out / "engine.json").read_text())
     assert (["sm86"], ["sm87"]) == (engine["targets"], engine["deferred"]["targets"])

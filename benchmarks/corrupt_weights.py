@@ -210,7 +210,9 @@ def _zip_with(data: bytes, entries: Mapping[str, bytes], *, compress: bool = Fal
         zipfile.ZipFile(buffer, "w", how, compresslevel=1) as new,
     ):
         for name in old.namelist():
-            new.writestr(name, entries.get(name) if name in entries else old.read(name))
+            content = entries.get(name) if name in entries else old.read(name)
+            # Without a time: equal seeds make equal files.
+            new.writestr(zipfile.ZipInfo(name), content, how, compresslevel=1)
     return buffer.getvalue()
 
 

@@ -7,11 +7,9 @@ the arguments have been read, so that ``--help`` needs none of them.
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from exporter import __version__
 from exporter.commands import (
@@ -27,10 +25,8 @@ from exporter.commands import (
 )
 from exporter.commands.argument_parser import ArgumentParser, UsageError
 from exporter.spec import Precision, Recipe
+from exporter.terminal import interruptible
 from models.variants import VARIANTS
-
-if TYPE_CHECKING:
-    from types import FrameType
 
 _EPILOG = """exit codes: 0 done and every gate passed; 1 a gate failed, nothing published;
 2 bad input or usage; 3 the environment lacks something; 130 interrupted"""
@@ -211,9 +207,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parser.parse_args(words)
     except UsageError as error:
         return outcome.usage_failure(error, as_json="--json" in words)
-    signal.signal(signal.SIGTERM, _interrupt)
-    return outcome.run(options, words)
-
-
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+    with interruptible():
+        return outcome.run(options, words)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -18,7 +21,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exporter.errors import InputError
-from exporter.terminal import Streams, opened, progress, progress_bars, sentence, streams, visible
+from exporter.terminal import (
+    Streams,
+    interruptible,
+    opened,
+    progress,
+    progress_bars,
+    sentence,
+    streams,
+    visible,
+)
 from exporter.terminal.progress import EVERY_S, _Lines, moves_its_cursor
 from exporter.terminal.run_log import RunLog
 
@@ -224,6 +236,23 @@ def test_an_internal_error_is_an_object_a_traceback_and_exit_code_1():
     assert '{"error": "internal error: RuntimeError: broken", "exit_code": 1}\n' == done.stdout
     assert done.stderr.startswith("Traceback")
     assert done.stderr.endswith("RuntimeError: broken\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_that_somebody_swallows_is_raised_again_at_the_next_step(
+    number: signal.Signals,
+) -> None:
+    """A library's bare ``except`` may; but what is at the end of a stage is done."""
+    before = signal.getsignal(number)
+    with interruptible(), progress_bars(quiet=True) as progress:
+        progress("load", 0.0)
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+        progress("load", 1.0)
+        with pytest.raises(KeyboardInterrupt):
+            progress("export", 0.0)
+    assert before == signal.getsignal(number)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ Only what this project says reaches the streams. What libraries print, on whatev
 the log file or nowhere; with ``--debug`` it goes where they send it.
 """
 
+from exporter.terminal.interrupts import interruptible
 from exporter.terminal.progress import Progress, progress_bars
 from exporter.terminal.secret import ask_secret
 from exporter.terminal.streams import Streams, opened, streams
@@ -13,6 +14,7 @@ __all__ = [
     "Progress",
     "Streams",
     "ask_secret",
+    "interruptible",
     "opened",
     "progress_bars",
     "sentence",

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TextIO, cast
 
+from exporter.terminal.interrupts import heeding
 from exporter.terminal.streams import Streams, streams
 
 Progress = Callable[[str, float], None]
@@ -26,16 +27,16 @@ def progress_bars(*, quiet: bool) -> Iterator[Progress]:
     """Bars on a terminal, lines elsewhere, nothing if ``quiet``; the log file gets lines always.
 
     A terminal that cannot move its cursor (``TERM=dumb``) gets lines. ``FORCE_COLOR`` makes no
-    terminal of a file.
+    terminal of a file. An interrupt that was lost is raised at the next step.
     """
     own = streams()
     if quiet or own.quiet:
-        yield _Lines(lambda line: own.record("progress", line))
+        yield heeding(_Lines(lambda line: own.record("progress", line)))
     elif moves_its_cursor(own.err):
         with _bars(own) as bars:
-            yield bars
+            yield heeding(bars)
     else:
-        yield _Lines(own.progress)
+        yield heeding(_Lines(own.progress))
 
 
 def moves_its_cursor(stream: TextIO) -> bool:

@@ -182,8 +182,8 @@ def _label_notes(images: ImageSet, source: Source, interface: Interface) -> tupl
     if names is None or images.labels(source.class_names, count) is not None:
         return ()
     return (
-        f"no top-1: {images.description} has folders for {len(set(names))} classes, which are not "
-        f"the network's {count}",
+        f"no top-1: the images to compare on lie in folders of {len(set(names))} classes, which "
+        f"are not the network's {count}",
     )
 
 

@@ -66,19 +66,24 @@ def export(
 ) -> Bundle:
     """Export a network with RepVGG-style blocks and return its published bundle.
 
-    Args: module: a variant's name such as ``"A0"``; or a trained module of any class that contains
-    RepVGG-style blocks (then ``example_input`` is required and ``weights`` must be None). Its
-    forward takes float tensors ``[N, ...]`` and returns one, or tuples, lists or dicts of them.
-    Only the blocks are fused; everything else is exported as it is. example_input: float tensor
-    ``[N, ...]``, or a tuple of one an input; fixes all sizes but the batch. weights: as
-    ``--weights``: a checkpoint, ``"hub"`` or ``"random"``. precision: ``"fp32"``, ``"fp16"``,
-    ``"bf16"``, ``"int8"`` or ``"fp8"``. calibration: a folder of images, or float32 arrays that are
-    already preprocessed: one ``[N, ...]``, a tuple of one an input, or an iterable of either, which
-    is read once, into memory. evaluation: the same, to compare the stages on; without it the
-    calibration arrays. targets: compute capabilities or devices, ``"sm86"`` or ``["sm80",
-    "orin"]``. The engine of a device that builds its own is deferred, as ``engine.json`` then says.
-    options: further fields of :class:`exporter.request.ExportRequest`, such as ``batch="1:8:32"``
-    or ``dynamic_size="64:96:128"``, which leaves height and width of the inputs open.
+    Args:
+        module: a variant's name such as ``"A0"``; or a trained module of any class that contains
+            RepVGG-style blocks (then ``example_input`` is required and ``weights`` must be None).
+            Its forward takes float tensors ``[N, ...]`` and returns one, or tuples, lists or dicts
+            of them. Only the blocks are fused; everything else is exported as it is.
+        example_input: float tensor ``[N, ...]``, or a tuple of one an input; fixes all sizes but
+            the batch.
+        weights: as ``--weights``: a checkpoint, ``"hub"`` or ``"random"``.
+        precision: ``"fp32"``, ``"fp16"``, ``"bf16"``, ``"int8"`` or ``"fp8"``.
+        calibration: a folder of images, or float32 arrays that are already preprocessed: one
+            ``[N, ...]``, a tuple of one an input, or an iterable of either, which is read once,
+            into memory.
+        evaluation: the same, to compare the stages on; without it the calibration arrays.
+        targets: compute capabilities or devices, ``"sm86"`` or ``["sm80", "orin"]``. The engine of
+            a device that builds its own is deferred, as ``engine.json`` then says.
+        options: further fields of :class:`exporter.request.ExportRequest`, such as
+            ``batch="1:8:32"`` or ``dynamic_size="64:96:128"``, which leaves height and width of the
+            inputs open.
 
     Raises:
         exporter.errors.ExporterError: GateFailedError, InputError or EnvironmentLackError.

@@ -99,7 +99,8 @@ def array_images(arrays: Any, what: str, ports: tuple[Port, ...]) -> ArrayImages
     """
     chunks = [arrays] if isinstance(arrays, (np.ndarray, tuple)) else list(arrays)
     batches = [chunk if isinstance(chunk, tuple) else (chunk,) for chunk in chunks]
-    require_fitting(batches, what, ports)
+    for batch in batches:
+        _check_batch(batch, what, ports)
     filled = tuple(batch for batch in batches if len(batch[0]))
     if not filled:
         raise InputError(f"{what} holds no images")
@@ -107,9 +108,10 @@ def array_images(arrays: Any, what: str, ports: tuple[Port, ...]) -> ArrayImages
 
 
 def require_fitting(batches: Iterable[tuple[Any, ...]], what: str, ports: tuple[Port, ...]) -> None:
-    """Raises InputError where an array is not what the input of its place takes."""
+    """Raises InputError where an array has not the type and shape that the input takes."""
     for batch in batches:
-        _check_batch(batch, what, ports)
+        for array, port in zip(batch, ports, strict=True):
+            _check_shape(array, what, port)
 
 
 def _check_batch(batch: tuple[Any, ...], what: str, ports: tuple[Port, ...]) -> None:
@@ -117,18 +119,22 @@ def _check_batch(batch: tuple[Any, ...], what: str, ports: tuple[Port, ...]) -> 
         names = ", ".join(port.name for port in ports)
         raise InputError(f"{what} holds {len(batch)} arrays, expected one an input: {names}")
     for array, port in zip(batch, ports, strict=True):
-        is_array = isinstance(array, np.ndarray)
-        if not is_array or not fits(array, port.shape[1:]):
-            found = f"{array.dtype} {list(array.shape)}" if is_array else type(array).__name__
-            extents = ", ".join(
-                {HEIGHT: "H", WIDTH: "W"}.get(str(extent), str(extent)) for extent in port.shape[1:]
-            )
-            raise InputError(f"{what} holds {found}, expected float32 [N, {extents}]")
+        _check_shape(array, what, port)
         if not np.isfinite(array).all():
             raise InputError(f"{what} holds NaN or Inf values")
         if len(array) != len(batch[0]):
             raise InputError(f"{what} holds {len(batch[0])} of {ports[0].name} and {len(array)} of "
                              f"{port.name}: as many of each are needed")  # fmt: skip
+
+
+def _check_shape(array: Any, what: str, port: Port) -> None:
+    is_array = isinstance(array, np.ndarray)
+    if not is_array or not fits(array, port.shape[1:]):
+        found = f"{array.dtype} {list(array.shape)}" if is_array else type(array).__name__
+        extents = ", ".join(
+            {HEIGHT: "H", WIDTH: "W"}.get(str(extent), str(extent)) for extent in port.shape[1:]
+        )
+        raise InputError(f"{what} holds {found}, expected float32 [N, {extents}]")
 
 
 def _digest(module: nn.Module) -> str:
